@@ -1,0 +1,7 @@
+"""Attention mechanisms by name, one file each; each maps tokens (B, N, M) to tokens (B, N, M)."""
+
+from .external import ExternalAttention
+from .scaling import ScalingAttention
+from .self_attention import SelfAttention
+
+ATTENTION = {"self": SelfAttention, "external": ExternalAttention, "scaling": ScalingAttention}

@@ -1,0 +1,161 @@
+"""Tables in, matplotlib figures out, all in one style; nothing here computes a result.
+
+Every figure is readable without colour: bars carry hatches, curves differ in dash and marker.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from . import records
+from .graph import KINDS
+
+WIDTH = 7.0  # inches: the text width of a two-column paper
+PALETTE = sns.color_palette("colorblind", 10).as_hex()
+HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "|||", "+++", "ooo", "OO")
+DASHES = ((1, 0), (4, 1), (1, 1), (4, 1, 1, 1), (6, 2))
+
+# One colour per method in every figure: by attention, lighter where the normaliser is cheaper.
+METHOD_COLORS = {"SA": PALETTE[0], "EA": PALETTE[1], "SAL-ViT": PALETTE[2]}
+NORMALIZER_STYLE = {
+    name: (PALETTE[i], DASHES[i]) for i, name in enumerate(("softmax", "2quad", "2relu", "l2q", "scaling"))
+}
+
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.4,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+}
+
+
+def method_color(method: str) -> str:
+    """The colour of a method's family: self-attention, external attention or SAL-ViT."""
+    return METHOD_COLORS[method.split(" ")[0]]
+
+
+def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None = None, note: str = "") -> Figure:
+    """What each method costs, stacked by kind of operation, one panel per quantity.
+
+    Args:
+        panels: axis label, such as "seconds", to a table with one row per method (drawn from the top) and one column
+            per kind of operation.
+        spread: for the first panel: one row per method with the columns low and high of its total.
+        note: what was measured, on what; printed under the figure.
+    """
+    with plt.rc_context(STYLE):
+        rows = len(next(iter(panels.values())))
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(WIDTH, 1.5 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, (label, table) in zip(axes[0], panels.items(), strict=True):
+            left = pd.Series(0.0, index=table.index)
+            for i, kind in enumerate(KINDS):
+                if kind not in table:
+                    continue
+                axis.barh(
+                    table.index,
+                    table[kind],
+                    left=left,
+                    height=0.72,
+                    color=PALETTE[i % len(PALETTE)],
+                    hatch=HATCHES[i % len(HATCHES)],
+                    edgecolor="white",
+                    linewidth=0.3,
+                    label=kind,
+                )
+                left = left + table[kind]
+            axis.set_xlabel(label)
+            axis.margins(x=0.02)
+        if spread is not None:
+            total = next(iter(panels.values())).sum(axis=1)
+            error = [(total - spread["low"]).clip(lower=0), (spread["high"] - total).clip(lower=0)]
+            axes[0][0].errorbar(total, total.index, xerr=error, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        axes[0][0].invert_yaxis()
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=5, handlelength=2.4)
+        _note(figure, note)
+    return figure
+
+
+def ratios_beside_paper(table: pd.DataFrame, note: str = "") -> Figure:
+    """Latency as a fraction of the baseline's: ours (two accountings) and the paper's, one row per method.
+
+    Args:
+        table: indexed by method, with columns complete, without_layernorm and paper (NaN where the paper has none).
+        note: what was measured, on what.
+    """
+    markers = {
+        "complete": ("o", "ours, complete"),
+        "without_layernorm": ("s", "ours, without LayerNorm (as in the paper)"),
+        "paper": ("D", "paper"),
+    }
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(table)), layout="constrained")
+        axis.hlines(table.index, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=2, zorder=1)
+        for i, (column, (marker, label)) in enumerate(markers.items()):
+            face = PALETTE[i] if column != "paper" else "white"
+            axis.scatter(
+                table[column], table.index, marker=marker, s=26, color=face, edgecolor=PALETTE[i], label=label, zorder=2
+            )
+        axis.axvline(1.0, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_xlim(left=0)
+        axis.set_xlabel("latency / latency of SA softmax")
+        axis.invert_yaxis()
+        figure.legend(loc="outside upper center", ncols=3)
+        _note(figure, note)
+    return figure
+
+
+def normalizer_curves(table: pd.DataFrame, note: str = "") -> Figure:
+    """Attention weights over scores, one curve per normaliser.
+
+    Args:
+        table: columns score, weight, normalizer.
+        note: what is shown.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.75, 2.9), layout="constrained")
+        for name, curve in table.groupby("normalizer", sort=False):
+            color, dashes = NORMALIZER_STYLE[name]
+            axis.plot(curve["score"], curve["weight"], color=color, dashes=dashes, linewidth=1.6, label=name)
+        axis.set_xlabel("score a")
+        axis.set_ylabel("attention weight")
+        axis.legend(loc="upper center")
+        _note(figure, note)
+    return figure
+
+
+def _note(figure: Figure, note: str) -> None:
+    if note:
+        figure.supxlabel(note, fontsize=6, color="0.35", x=0.01, ha="left")
+
+
+def save(figure: Figure, name: str) -> Figure:
+    """Write figures/NAME.png and figures/NAME.pdf, without dates, so that equal figures are equal files."""
+    folder = _folder()
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    return figure
+
+
+def save_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Write figures/NAME.csv, index included."""
+    table.to_csv(_folder() / f"{name}.csv", float_format="%.6g")
+    return table
+
+
+def _folder() -> Path:
+    folder = records.ROOT / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,223 @@
+"""Each operation as CrypTen 0.4.1 ships it, in its default configuration: what the paper must have measured.
+
+`MODULES` and `FUNCTIONS` map what a graph can contain to a function on secret shares. Where CrypTen's approximation
+holds only on part of the real line, `DOMAINS` says what leaves it, from the clear activations: such an operation still
+costs what it costs, but its answer is noise. The bounds are where the relative error (for erf the absolute error)
+passes 1 %, found by running CrypTen against float64 (tests/test_private_stock.py repeats that).
+
+Shapes are those of the clear operation. Letters: B batch, H heads, N tokens, K keys, M dimension of the model.
+"""
+
+import math
+import operator
+
+import crypten
+import torch
+from crypten.mpc import MPCTensor
+from torch import nn
+
+from ..attention.matmul import MatMul
+from ..cct import StochasticDepth
+from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
+
+# Where CrypTen's approximations hold to 1 %.
+RECIPROCAL = (2.0**-9, 24.0)  # ten Newton steps from 3 exp(1 - 2x) + 0.003
+INVERSE_ROOT = (0.1, 150.0)  # three Newton steps from 2.2 exp(-x/2 - 0.2) + 0.2 - x/1024
+EXPONENT = (-500.0, 2.0)  # (1 + x/256)^256; towards -512 the base nears -1 and the result grows again
+ERROR_FUNCTION = (-0.55, 1.1)  # Taylor series in which pow(x, 5) is x^6, pow(x, 7) is x^9, ...
+
+Secrets = dict[str, MPCTensor]
+
+
+# Linear operations
+
+
+def linear(module: nn.Linear, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """The affine map x W^T + b as one Beaver product. One round."""
+    y = x.matmul(secret["weight"].t())
+    return y + secret["bias"] if "bias" in secret else y
+
+
+def conv2d(module: nn.Conv2d, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """Convolution as one Beaver product of images and kernels. One round."""
+    y = x.conv2d(secret["weight"], stride=module.stride, padding=module.padding)
+    return y + secret["bias"].reshape(1, -1, 1, 1) if "bias" in secret else y
+
+
+def matmul(module: MatMul, secret: Secrets, left: MPCTensor, right: MPCTensor) -> MPCTensor:
+    """Product of two activations. One round."""
+    return left.matmul(right)
+
+
+# Non-linear operations
+
+
+def relu(module: nn.ReLU, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A comparison by binary addition circuit, then a product. Nine rounds."""
+    return x.relu()
+
+
+def max_pool2d(module: nn.MaxPool2d, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """The maximum of each window by pairwise comparisons, with the one-hot argmax that CrypTen computes beside it."""
+    return x.max_pool2d(module.kernel_size, padding=module.padding, stride=module.stride)
+
+
+def gelu(module: nn.GELU, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """x/2 (1 + erf(x / sqrt 2)) with CrypTen's erf, a Taylor series of eight terms."""
+    return x * (x.mul(math.sqrt(0.5)).erf() + 1).mul(0.5)
+
+
+def layer_norm(module: nn.LayerNorm, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """(x - mean) / sqrt(var + eps), scaled and shifted. CrypTen has none; this is its batch norm's recipe per token.
+
+    In fixed point eps is as good as zero: 1e-5 is below 2^-16.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    y = centred * (variance + module.eps).inv_sqrt()
+    return y * secret["weight"] + secret["bias"] if module.elementwise_affine else y
+
+
+# Normalisers
+
+
+def softmax(module: Softmax, secret: Secrets, scores: MPCTensor) -> MPCTensor:
+    """CrypTen's softmax: maximum by comparisons, exponential by repeated squaring, reciprocal by Newton steps."""
+    return scores.softmax(module.dim)
+
+
+def two_quad(module: TwoQuad, secret: Secrets, scores: MPCTensor) -> MPCTensor:
+    """(a + c)^2 over its sum, by CrypTen's division: a sign test, then the reciprocal."""
+    squares = (scores + module.c).square()
+    return squares / squares.sum(module.dim, keepdim=True)
+
+
+def two_relu(module: TwoReLU, secret: Secrets, scores: MPCTensor) -> MPCTensor:
+    """relu(a) over its sum plus eps, by CrypTen's division."""
+    positive = scores.relu()
+    return positive / (positive.sum(module.dim, keepdim=True) + module.eps)
+
+
+def l2q(module: L2Q, secret: Secrets, scores: MPCTensor) -> MPCTensor:
+    """(d a + c)^2 over its sum plus eps; c and d are the server's secrets, so d a is a Beaver product."""
+    d, c = secret.get("d", module.d), secret.get("c", module.c)
+    squares = (scores * d + c).square()
+    return squares / (squares.sum(module.dim, keepdim=True) + module.eps)
+
+
+def scaling(module: Scaling, secret: Secrets, scores: MPCTensor) -> MPCTensor:
+    """Scores over n, a public number: local."""
+    return scores / scores.size(module.dim)
+
+
+def l1(module: L1, secret: Secrets, weights: MPCTensor) -> MPCTensor:
+    """Weights over their sum, by CrypTen's division; eps = 1e-9 vanishes in fixed point."""
+    return weights / weights.sum(module.dim, keepdim=True)
+
+
+def identity(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """What does nothing at inference."""
+    return x
+
+
+MODULES = {
+    nn.Linear: linear,
+    nn.Conv2d: conv2d,
+    MatMul: matmul,
+    nn.ReLU: relu,
+    nn.MaxPool2d: max_pool2d,
+    nn.GELU: gelu,
+    nn.LayerNorm: layer_norm,
+    Softmax: softmax,
+    TwoQuad: two_quad,
+    TwoReLU: two_relu,
+    L2Q: l2q,
+    Scaling: scaling,
+    L1: l1,
+    nn.Dropout: identity,
+    nn.Identity: identity,
+    StochasticDepth: identity,
+}
+
+
+def _layout(name: str):
+    """A method that only moves numbers about, applied to the share."""
+
+    def apply(x: MPCTensor, *args, **kwargs):
+        moved = getattr(x.share, name)(*args, **kwargs)
+        parts = moved if isinstance(moved, tuple) else (moved,)
+        results = []
+        for part in parts:
+            result = x.shallow_copy()
+            result._tensor = x._tensor.shallow_copy()
+            result.share = part
+            results.append(result)
+        return tuple(results) if isinstance(moved, tuple) else results[0]
+
+    return apply
+
+
+LAYOUT = ("flatten", "unflatten", "reshape", "transpose", "permute", "unbind", "squeeze", "unsqueeze")
+
+FUNCTIONS = {
+    **{name: _layout(name) for name in LAYOUT},
+    operator.add: operator.add,
+    operator.sub: operator.sub,
+    operator.mul: operator.mul,
+    operator.getitem: operator.getitem,
+    torch.add: operator.add,
+    torch.cat: crypten.cat,
+}
+
+
+# What leaves its domain
+
+
+def _outside(what: str, values: torch.Tensor, domain: tuple[float, float]) -> str | None:
+    low, high = values.min().item(), values.max().item()
+    if domain[0] <= low and high <= domain[1]:
+        return None
+    return f"{what} {low:.3g} to {high:.3g} outside [{domain[0]:.3g}, {domain[1]:.3g}]"
+
+
+def _softmax_domain(module: Softmax, scores: torch.Tensor) -> str | None:
+    shifted = scores - scores.amax(module.dim, keepdim=True)
+    return _outside("exponents", shifted, EXPONENT) or _outside(
+        "reciprocals of row sums", shifted.exp().sum(module.dim), RECIPROCAL
+    )
+
+
+def _two_quad_domain(module: TwoQuad, scores: torch.Tensor) -> str | None:
+    return _outside("reciprocals of row sums", (scores + module.c).square().sum(module.dim), RECIPROCAL)
+
+
+def _two_relu_domain(module: TwoReLU, scores: torch.Tensor) -> str | None:
+    return _outside("reciprocals of row sums", scores.relu().sum(module.dim) + module.eps, RECIPROCAL)
+
+
+def _l2q_domain(module: L2Q, scores: torch.Tensor) -> str | None:
+    sums = (module.d * scores + module.c).square().sum(module.dim) + module.eps
+    return _outside("reciprocals of row sums", sums, RECIPROCAL)
+
+
+def _l1_domain(module: L1, weights: torch.Tensor) -> str | None:
+    return _outside("reciprocals of row sums", weights.sum(module.dim), RECIPROCAL)
+
+
+def _layer_norm_domain(module: nn.LayerNorm, x: torch.Tensor) -> str | None:
+    return _outside("inverse roots of variances", x.var(-1, unbiased=False) + module.eps, INVERSE_ROOT)
+
+
+def _gelu_domain(module: nn.GELU, x: torch.Tensor) -> str | None:
+    return _outside("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
+
+
+DOMAINS = {
+    Softmax: _softmax_domain,
+    TwoQuad: _two_quad_domain,
+    TwoReLU: _two_relu_domain,
+    L2Q: _l2q_domain,
+    L1: _l1_domain,
+    nn.LayerNorm: _layer_norm_domain,
+    nn.GELU: _gelu_domain,
+}

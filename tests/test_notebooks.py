@@ -1,0 +1,63 @@
+"""Every notebook as `make study PROFILE=smoke` runs it, in a root of its own, and a second time from its records."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIGURES = {
+    "00": ["tour_one_private_inference", "figure_normalizer_curves"],
+    "01": [
+        "table_3_latency_by_operation",
+        "table_3_bytes_and_rounds",
+        "table_4_latency_ratios",
+        "table_4_salvit_by_layer",
+    ],
+}
+TABLES = {
+    "00": [],
+    "01": ["table_2_attention_latency", "table_3_normalizer_latency", "table_4_latency", "table_7_parameters_flops"],
+}
+
+
+def run(root, only, *settings):
+    command = [sys.executable, "-m", "salvit_core.study", "--profile", "smoke", "--only", only]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, "SALVIT_ROOT": str(root)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("root")
+    shutil.copytree(ROOT / "data" / "paper", made / "data" / "paper")
+    shutil.copytree(ROOT / "data" / "reference", made / "data" / "reference")
+    return made
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", FIGURES)
+def test_notebook_runs(root, number):
+    done = run(root, number)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in FIGURES[number]:
+        for kind in ("png", "pdf"):
+            assert (root / "figures" / f"{name}.{kind}").stat().st_size > 5000, name
+    for name in TABLES[number]:
+        assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
+    written = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
+    assert written
+    assert run(root, number).returncode == 0
+    again = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
+    assert again == written  # nothing is run twice
+
+
+@pytest.mark.timeout(300)
+def test_the_projects_own_records_are_shown(root):
+    done = run(root, "01", "records=reference")
+    assert done.returncode == 0, done.stdout + done.stderr
