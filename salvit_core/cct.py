@@ -83,7 +83,7 @@ PRESETS = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
     # For a laptop: 28x28 Fashion-MNIST, 49 tokens.
-    "cct_4_3x2": dict(image=28, channels=1, convolutions=2, layers=4, width=128, heads=4, memory=16),
+    "cct_4_3x2": dict(image=28, channels=1, convolutions=2, layers=4, width=64, heads=4, memory=16),
     # The paper's three networks (Section 4, "Experimental setup").
     "cct_7_3x1": dict(),
     "cct_9_7x2": dict(image=224, classes=200, convolutions=2, kernel=7, stride=2, layers=9, width=192, heads=12),

@@ -6,6 +6,7 @@ Every figure is readable without colour: bars carry hatches, curves differ in da
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -132,6 +133,177 @@ def normalizer_curves(table: pd.DataFrame, note: str = "") -> Figure:
         axis.set_xlabel("score a")
         axis.set_ylabel("attention weight")
         axis.legend(loc="upper center")
+        _note(figure, note)
+    return figure
+
+
+def accuracy_by_variant(table: pd.DataFrame, note: str = "") -> Figure:
+    """Test accuracy of variants of one network, a panel per data set: a dot per seed, a bar at their mean.
+
+    Args:
+        table: columns dataset, variant, seed, accuracy (percent), in the order to draw.
+        note: what was measured.
+    """
+    sets = table["dataset"].unique()
+    variants = table["variant"].unique()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(sets), figsize=(WIDTH, 2.9), squeeze=False, layout="constrained")
+        for axis, name in zip(axes[0], sets, strict=True):
+            part = table[table["dataset"] == name]
+            for i, variant in enumerate(variants):
+                values = part.loc[part["variant"] == variant, "accuracy"]
+                if len(values):
+                    axis.hlines(values.mean(), i - 0.3, i + 0.3, color=PALETTE[i % len(PALETTE)], linewidth=3)
+                    axis.scatter([i] * len(values), values, s=16, color="white", edgecolor="black", zorder=3)
+            axis.set_xticks(range(len(variants)), variants, rotation=30, ha="right")
+            axis.set_ylabel("test accuracy (%)")
+            axis.set_title(name)
+        _note(figure, note)
+    return figure
+
+
+def trajectories(table: pd.DataFrame, note: str = "") -> Figure:
+    """The selection parameters over the epochs of a search, one line per layer, a panel per search.
+
+    Args:
+        table: columns search, layer, epoch, alpha.
+        note: what was measured.
+    """
+    searches = table["search"].unique()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(searches), figsize=(WIDTH, 2.6), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, name in zip(axes[0], searches, strict=True):
+            for i, (layer, path) in enumerate(table[table["search"] == name].groupby("layer", sort=False)):
+                axis.plot(
+                    path["epoch"],
+                    path["alpha"],
+                    color=PALETTE[i % len(PALETTE)],
+                    dashes=DASHES[i % len(DASHES)],
+                    marker="osD^vP*"[i % 7],
+                    markersize=3,
+                    label=f"layer {layer}",
+                )
+            axis.set_title(name)
+            axis.set_xlabel("epoch of the search")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0][0].set_ylabel(r"$\alpha$")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=7)
+        _note(figure, note)
+    return figure
+
+
+def accuracy_against(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
+    """Accuracy against private latency, one panel per source, so that sources are never mixed on one axis.
+
+    Args:
+        panels: title to a table with columns method, x (latency, in the unit that `panels` titles), accuracy and,
+            optionally, series: rows of one series are joined by a line.
+        note: what was measured.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.1), squeeze=False, layout="constrained")
+        for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
+            for i, (series, part) in enumerate(table.groupby("series", sort=False)):
+                part = part.sort_values("x")
+                axis.plot(
+                    part["x"],
+                    part["accuracy"],
+                    color=PALETTE[i % len(PALETTE)],
+                    dashes=DASHES[i % len(DASHES)],
+                    marker="osD^vP*Xh"[i % 9],
+                    markersize=5,
+                    linewidth=1.0,
+                    label=series,
+                )
+                for _, row in part.iterrows():
+                    axis.annotate(
+                        row["method"],
+                        (row["x"], row["accuracy"]),
+                        xytext=(3, 3),
+                        textcoords="offset points",
+                        fontsize=5.5,
+                    )
+            axis.set_title(title)
+            axis.set_xlabel("private latency (s)")
+            axis.set_ylabel("test accuracy (%)")
+            axis.margins(x=0.15, y=0.12)
+            axis.legend(loc="best", fontsize=6)
+        _note(figure, note)
+    return figure
+
+
+def parameter_ranges(table: pd.DataFrame, note: str = "") -> Figure:
+    """Figure 9: range and variance of the learnt C and D by layer.
+
+    Args:
+        table: columns layer, head, parameter ("c", "d"), mean, variance, low, high.
+        note: what was measured.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 3.8), sharex=True, layout="constrained")
+        for column, name in enumerate(("c", "d")):
+            part = table[table["parameter"] == name].groupby("layer")
+            layers = list(part.groups)
+            low, high = part["low"].min(), part["high"].max()
+            axes[0][column].vlines(layers, low, high, color=PALETTE[column], linewidth=6, alpha=0.5)
+            axes[0][column].scatter(layers, part["mean"].mean(), color="black", s=12, zorder=3, label="mean")
+            axes[0][column].axhline(1.0, color="0.5", linestyle=":", linewidth=0.8, label="initial value")
+            axes[0][column].set_title(f"{name.upper()}: range")
+            axes[0][column].legend(loc="best")
+            look = {"color": PALETTE[column], "hatch": HATCHES[column + 1], "edgecolor": "white"}
+            axes[1][column].bar(layers, part["variance"].mean(), **look)
+            axes[1][column].set_title(f"{name.upper()}: variance")
+            axes[1][column].set_xlabel("layer")
+            axes[1][column].set_xticks(layers)
+        _note(figure, note)
+    return figure
+
+
+def heat_maps(matrices: dict[str, np.ndarray], note: str = "") -> Figure:
+    """Matrices side by side, each with its own scale around its median.
+
+    Args:
+        matrices: title to a matrix (N, K).
+        note: what is shown.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(matrices), figsize=(WIDTH, 0.6 + WIDTH / max(2, len(matrices))), squeeze=False, layout="constrained"
+        )
+        for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+            shown = axis.imshow(matrix, cmap="cividis", aspect="auto", interpolation="nearest")
+            figure.colorbar(shown, ax=axis, shrink=0.8)
+            axis.set_title(title)
+            axis.set_xlabel("key")
+            axis.set_ylabel("query")
+        _note(figure, note)
+    return figure
+
+
+def scatter_by_layer(table: pd.DataFrame, x: str, panels: dict[str, str], note: str = "") -> Figure:
+    """One point per head, coloured and marked by layer, a panel per quantity.
+
+    Args:
+        table: columns layer, head, `x`, and those that `panels` names.
+        x: column along the horizontal axis.
+        panels: column to the label of its axis.
+        note: what was measured.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")
+        for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+            for i, (layer, part) in enumerate(table.groupby("layer")):
+                marker = "osD^vP*Xh"[i % 9]
+                axis.scatter(
+                    part[x], part[column], marker=marker, color=PALETTE[i % len(PALETTE)], label=f"layer {layer}"
+                )
+            axis.set_xlabel(x)
+            axis.set_ylabel(label)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=7)
         _note(figure, note)
     return figure
 

@@ -1,34 +1,114 @@
 """How big a run is: one named set of sizes per kind of user."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .cct import METHODS
+from .cct import METHODS, CCTConfig
+from .runs import SearchRun, TrainRun, network
+from .training import Recipe
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of every study in one profile.
+    """Sizes of every study in one profile, and the runs that follow from them.
 
     Attributes:
         name: its key in `PROFILES`.
         networks: presets whose private latency is measured.
         queries: private inferences per network, one image each; every one is a record, so their spread is seen.
         methods: rows of the paper to measure, keys of `METHODS`.
+        data: data sets to train on, names that `data.load` knows.
+        trained: preset that is trained, its image size and classes those of the data set.
+        changes: fields of `CCTConfig` in which the trained network differs from the preset.
+        images: training images used (0: all).
+        recipe: of every training and of fine-tuning after a search.
+        search_epochs: epochs of the search phase, E_NAS.
+        seeds: how many seeds the ablations of notebook 02 have; the searches of notebook 03 have one.
     """
 
     name: str
     networks: tuple[str, ...] = ("cct_7_3x1",)
     queries: int = 3
     methods: tuple[str, ...] = tuple(METHODS)
+    data: tuple[str, ...] = ("auto",)
+    trained: str = "cct_7_3x1"
+    changes: dict = field(default_factory=dict, hash=False)
+    images: int = 0
+    recipe: Recipe = Recipe()
+    search_epochs: int = 600
+    seeds: int = 3
+
+    def config(self, data: str, method: str | None = None, **changes) -> CCTConfig:
+        """The network that this profile trains on a data set."""
+        return network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
+
+    def training(self, data: str, config: CCTConfig, seed: int = 0, **changes) -> TrainRun:
+        """One network trained from scratch; `changes` are fields of `Recipe`, or `teacher`."""
+        teacher = changes.pop("teacher", None)
+        return TrainRun(data, config, _recipe(self.recipe, seed=seed, **changes), self.images, teacher)
+
+    def search(self, data: str, config: CCTConfig, budget: int, seed: int = 0, **changes) -> SearchRun:
+        """One search; `changes` are fields of `SearchRun`, or fields of its fine-tuning's `Recipe`."""
+        of_run = {name: changes.pop(name) for name in list(changes) if name in SearchRun.__dataclass_fields__}
+        first = _recipe(self.recipe, seed=seed, epochs=self.search_epochs, keep="last")
+        second = _recipe(self.recipe, seed=seed, **changes)
+        return SearchRun(data, config, first, second, budget, images=self.images, **of_run)
+
+
+# Data sets of larger images have the paper's networks for them in every profile.
+LARGE = {"tiny_imagenet": "cct_9_7x2", "imagenet": "cct_14_7x2"}
+
+
+def _recipe(recipe: Recipe, **changes) -> Recipe:
+    return Recipe(**{**vars(recipe), **changes})
 
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("smoke", networks=("cct_4_3x2",), queries=1),
-        Profile("quick"),
-        Profile("short", queries=5),
-        Profile("paper", networks=("cct_7_3x1", "cct_9_7x2"), queries=10),
+        Profile(
+            "smoke",
+            networks=("cct_4_3x2",),
+            queries=1,
+            data=("digits",),
+            trained="cct_2_3x1",
+            changes=dict(layers=4),
+            images=256,
+            recipe=Recipe(epochs=2, batch=64, lr=2e-3, augment="none"),
+            search_epochs=1,
+            seeds=1,
+        ),
+        Profile(
+            "quick",
+            trained="cct_4_3x2",
+            images=4000,
+            recipe=Recipe(epochs=3, batch=64, lr=2e-3, augment="crop"),
+            search_epochs=2,
+        ),
+        # CIFAR-10 on two CPU cores in about an hour: what the project's own records hold (data/reference).
+        Profile(
+            "cpu",
+            data=("cifar10",),
+            trained="cct_4_3x2",
+            changes=dict(convolutions=1, stride=2),
+            recipe=Recipe(epochs=6, batch=128, lr=2e-3, augment="crop", bf16=True, channels_last=True),
+            search_epochs=4,
+            seeds=1,
+        ),
+        Profile(
+            "short",
+            queries=5,
+            data=("cifar10", "cifar100"),
+            recipe=Recipe(epochs=60, bf16=True, channels_last=True),
+            search_epochs=30,
+            seeds=1,
+        ),
+        Profile(
+            "paper",
+            networks=("cct_7_3x1", "cct_9_7x2"),
+            queries=10,
+            data=("cifar10", "cifar100", "tiny_imagenet"),
+            recipe=Recipe(bf16=True, channels_last=True),
+        ),
     )
 }
 

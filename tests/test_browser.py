@@ -1,5 +1,6 @@
 """What a user does: open notebook 00 in JupyterLab in a browser, run it, move a slider, see the figure change."""
 
+import os
 import re
 import shutil
 import socket
@@ -32,7 +33,9 @@ def lab(tmp_path_factory):
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
     options += ["--IdentityProvider.token=", "--ServerApp.password=", f"--notebook-dir={folder}"]
     with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log)
+        environment = {**os.environ, "SALVIT_ROOT": str(folder)}
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):

@@ -61,24 +61,34 @@ def _named_networks() -> dict[CCTConfig, tuple[str, str]]:
     return names
 
 
-def operations(found: list[dict]) -> pd.DataFrame:
+def name_of(record: dict) -> tuple[str, str] | None:
+    """Preset and method of a record's network, or None where it is no preset with a method of the paper."""
+    return _named_networks().get(CCTConfig(**record["config"]["network"]))
+
+
+def operations(found: list[dict], methods: list[str] | None = None) -> pd.DataFrame:
     """Latency records as one table of operations: network, method, query, layer, kind, seconds, rounds, bytes.
 
+    Args:
+        found: latency records.
+        methods: what to call each; where left out, the paper's names.
+
     Raises:
-        ValueError: a record of a network that is no preset with a method of the paper.
+        ValueError: a record of a network that has no name, and none is given.
     """
     tables = []
-    for record in found:
-        network = CCTConfig(**record["config"]["network"])
-        if network not in _named_networks():
-            raise ValueError(f"record {record['key']} is of a network without a name: {network}")
+    for i, record in enumerate(found):
+        name = name_of(record)
+        if methods is None and name is None:
+            raise ValueError(f"record {record['key']} is of a network without a name: give methods")
         rows = pd.DataFrame(record["metrics"]["operations"])
-        for i, (column, value) in enumerate(zip(("network", "method"), _named_networks()[network], strict=True)):
-            rows.insert(i, column, value)
+        rows.insert(0, "network", name[0] if name else "")
+        rows.insert(1, "method", methods[i] if methods else name[1])
         rows.insert(2, "query", record["config"]["query"])
         tables.append(rows)
     table = pd.concat(tables, ignore_index=True)
-    table["method"] = pd.Categorical(table["method"], [name for name in METHODS if name in set(table["method"])])
+    order = list(dict.fromkeys(methods)) if methods else [name for name in METHODS if name in set(table["method"])]
+    table["method"] = pd.Categorical(table["method"], order)
     return table
 
 

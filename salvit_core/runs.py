@@ -1,0 +1,198 @@
+"""The training runs that notebooks share: what fixes one, how it is run once, and where its weights are.
+
+A `TrainRun` or a `SearchRun` is the config of a record (`records.ensure`); its trained weights lie beside the record.
+"""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from . import data as datasets
+from . import records, sas, training
+from .cct import CCT, CCTConfig, preset
+from .training import Recipe
+
+# Sides in pixels to which the paper resizes; other data sets stay as they are.
+IMAGE = {"tiny_imagenet": 224, "imagenet": 224}
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One network trained from scratch.
+
+    Attributes:
+        data: a data set's name; "auto" is resolved before a run is made (`dataset`).
+        network: the architecture, of the data set's image size, channels and classes.
+        recipe: how it is trained; its seed is also that of the initial weights.
+        images: use only this many training images (0: all); the validation and test images stay.
+        teacher: the run to distil from, if the recipe distils.
+    """
+
+    data: str
+    network: CCTConfig
+    recipe: Recipe
+    images: int = 0
+    teacher: "TrainRun | None" = None
+
+    @property
+    def seed(self) -> int:
+        """Of initial weights, batches, augmentation and dropout."""
+        return self.recipe.seed
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """One selective attention search, Algorithm 1, from the mixture to the fine-tuned network.
+
+    Attributes:
+        data: as in `TrainRun`.
+        network: the architecture; what it names as attention is ignored.
+        search: recipe of the first phase.
+        finetune: recipe of the second phase; its seed is that of the whole search.
+        budget: B, how many layers (or heads) get self-attention.
+        granularity: "layer" (SAS-L) or "head" (SAS-H).
+        rule: how they are selected: "top", "bottom" (SAS-L-WC) or "random".
+        weight: lambda of Eq. 5.
+        released: what the published code does where it parts from the paper.
+        images: as in `TrainRun`.
+        teacher: the run to distil from in fine-tuning, if its recipe distils.
+    """
+
+    data: str
+    network: CCTConfig
+    search: Recipe
+    finetune: Recipe
+    budget: int
+    granularity: str = "layer"
+    rule: str = "top"
+    weight: float = 0.1
+    released: bool = False
+    images: int = 0
+    teacher: TrainRun | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in both phases."""
+        return self.finetune.seed
+
+
+@functools.lru_cache(maxsize=4)
+def dataset(name: str, images: int = 0) -> datasets.Data:
+    """A data set from data/, on the GPU where there is one, with at most `images` training images (0: all).
+
+    The validation split is drawn with seed 0 whatever the run's seed is, so that all runs see the same images.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = datasets.load(name, records.ROOT / "data", device, image=IMAGE.get(name))
+    if images and images < len(found.train.labels):
+        # The training images are in the order of the data set; take a random part, the same for all runs.
+        kept = torch.randperm(len(found.train.labels), generator=torch.Generator().manual_seed(0))[:images]
+        train = dataclasses.replace(found.train, images=found.train.images[kept], labels=found.train.labels[kept])
+        found = dataclasses.replace(found, train=train)
+    return found
+
+
+def network(name: str, data: str, method: str | None = None, **changes) -> CCTConfig:
+    """A preset with the image size, channels and classes of a data set; the rest as in `cct.preset`."""
+    found = dataset(data)
+    _, channels, _, side = found.train.images.shape
+    return preset(name, method, image=side, channels=channels, classes=found.classes, **changes)
+
+
+def ensure(run: TrainRun | SearchRun, source: str = "local") -> dict:
+    """The record of a run; trains what is not there yet."""
+    study, measure = ("training", _train) if isinstance(run, TrainRun) else ("search", _search)
+    return records.ensure(study, run, measure, source)
+
+
+def collect(runs: Sequence[TrainRun | SearchRun], source: str = "local", label: str = "runs") -> list[dict]:
+    """The records of several runs, in order; of the project's own records ("reference") those that exist."""
+    if source == "local":
+        return [ensure(run, source) for run in tqdm(runs, desc=label)]
+    folder = records.folder(source)
+    kinds = {TrainRun: "training", SearchRun: "search"}
+    there = [run for run in runs if (folder / kinds[type(run)] / f"{records.key(kinds[type(run)], run)}.json").exists()]
+    return [ensure(run, source) for run in there]
+
+
+def trained(record: dict, source: str = "local") -> CCT:
+    """The trained network of a record, in evaluation mode on the CPU.
+
+    Raises:
+        FileNotFoundError: its weights are not here: the project's own records keep those of a few runs only.
+    """
+    path = _weights(record["study"], record["key"], source)
+    if not path.exists():
+        raise FileNotFoundError(f'no weights {path.name} for this record: train it here with records = "local"')
+    config = CCTConfig(**record["config"]["network"])
+    if "architecture" in record["metrics"]:
+        config = dataclasses.replace(config, attention=record["metrics"]["architecture"])
+    model = CCT(config)
+    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return model.eval()
+
+
+def _weights(study: str, key: str, source: str = "local") -> Path:
+    return records.folder(source) / study / f"{key}.pt"
+
+
+def _save_weights(study: str, run: TrainRun | SearchRun, model: CCT) -> None:
+    path = _weights(study, records.key(study, run))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+def _teacher(run: TrainRun | SearchRun) -> CCT | None:
+    return trained(ensure(run.teacher)) if run.teacher else None
+
+
+def _metrics(result: dict) -> dict:
+    """`training.train`'s result without what the record's config says already."""
+    return {name: value for name, value in result.items() if name not in ("config", "recipe", "data")}
+
+
+def _train(run: TrainRun) -> dict:
+    teacher = _teacher(run)
+    torch.manual_seed(run.seed)
+    model = CCT(run.network)
+    folder = records.folder() / "training" / f"{records.key('training', run)}.unfinished"
+    checkpoint = folder / "checkpoint.pt"
+    result = training.train(model, dataset(run.data, run.images), run.recipe, teacher, checkpoint=checkpoint)
+    _save_weights("training", run, model)
+    shutil.rmtree(folder, ignore_errors=True)
+    return _metrics(result)
+
+
+def _search(run: SearchRun) -> dict:
+    # Searches that differ in budget, rule or fine-tuning share their first phase.
+    same = dataclasses.replace(run.search, seed=run.seed)
+    first = dataclasses.replace(run, budget=0, rule="top", search=same, finetune=same, teacher=None)
+    folder = records.folder() / "search" / f"{records.key('search', first)}.phases"
+    found = sas.search(
+        run.network,
+        dataset(run.data, run.images),
+        run.search,
+        run.finetune,
+        run.budget,
+        run.granularity,
+        run.weight,
+        run.rule,
+        run.seed,
+        folder,
+        run.released,
+        _teacher(run),
+    )
+    _save_weights("search", run, found.pop("network"))
+    for finished in folder.glob("finetune_*.pt"):
+        finished.unlink()
+    finetune = _metrics(found.pop("finetune"))
+    history = finetune.pop("history")
+    return {**finetune, **found, "history": history}
