@@ -3,6 +3,7 @@
 Every figure is readable without colour: bars carry hatches, curves differ in dash and marker.
 """
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -199,38 +200,34 @@ def accuracy_against(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
     """Accuracy against private latency, one panel per source, so that sources are never mixed on one axis.
 
     Args:
-        panels: title to a table with columns method, x (latency, in the unit that `panels` titles), accuracy and,
-            optionally, series: rows of one series are joined by a line.
+        panels: title to a table with columns method, x (latency, seconds), accuracy (percent) and series: rows of one
+            series are joined by a line and named where their method differs from it.
         note: what was measured.
     """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.1), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+        known = list(dict.fromkeys(name for table in panels.values() for name in table["series"]))
+        handles = {}
         for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
-            for i, (series, part) in enumerate(table.groupby("series", sort=False)):
-                part = part.sort_values("x")
-                axis.plot(
+            for series, part in table.groupby("series", sort=False):
+                i, part = known.index(series), part.sort_values("x")  # one look per series in all panels
+                (handles[series],) = axis.plot(
                     part["x"],
                     part["accuracy"],
                     color=PALETTE[i % len(PALETTE)],
                     dashes=DASHES[i % len(DASHES)],
-                    marker="osD^vP*Xh"[i % 9],
+                    marker="osD^vP*Xh<>p"[i % 12],
                     markersize=5,
                     linewidth=1.0,
-                    label=series,
                 )
-                for _, row in part.iterrows():
-                    axis.annotate(
-                        row["method"],
-                        (row["x"], row["accuracy"]),
-                        xytext=(3, 3),
-                        textcoords="offset points",
-                        fontsize=5.5,
-                    )
+                for _, row in part[part["method"] != series].iterrows():
+                    place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 5.5}
+                    axis.annotate(row["method"], (row["x"], row["accuracy"]), **place)
             axis.set_title(title)
             axis.set_xlabel("private latency (s)")
             axis.set_ylabel("test accuracy (%)")
             axis.margins(x=0.15, y=0.12)
-            axis.legend(loc="best", fontsize=6)
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
         _note(figure, note)
     return figure
 
@@ -310,7 +307,8 @@ def scatter_by_layer(table: pd.DataFrame, x: str, panels: dict[str, str], note: 
 
 def _note(figure: Figure, note: str) -> None:
     if note:
-        figure.supxlabel(note, fontsize=6, color="0.35", x=0.01, ha="left")
+        width = round(figure.get_figwidth() * 20)  # characters of 6 points that fit
+        figure.supxlabel(textwrap.fill(note, width), fontsize=6, color="0.35", x=0.01, ha="left")
 
 
 def save(figure: Figure, name: str) -> Figure:

@@ -24,7 +24,7 @@ def notebook(folder, name, *cells):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--profile", "huge"], "profile 'huge' is unknown: choose from smoke, quick, short, paper"),
+        (["--profile", "huge"], "profile 'huge' is unknown: choose from smoke, quick, cpu, short, paper"),
         (["--only", "77"], "no notebook begins with '77': there are 00_start_here, 01_attention_latency"),
         (["--set", "depth=3"], "00_start_here has no parameter depth: it has profile, records, seed"),
         (["--set", "seed"], "--set 'seed': expected NAME=VALUE"),

@@ -1,0 +1,93 @@
+"""Training runs as records: trained once, found again, their weights beside them, a search's first phase shared."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from salvit_core import preset, profiles, records, runs, sas
+from salvit_core.training import Recipe, evaluate
+
+RECIPE = Recipe(epochs=2, batch=64, lr=2e-3, augment="none")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    runs.dataset.cache_clear()
+    yield tmp_path
+    runs.dataset.cache_clear()
+
+
+def run(**changes):
+    return runs.TrainRun("digits", preset("cct_2_3x1", "SA L2Q"), RECIPE, images=128, **changes)
+
+
+def test_trained_once_and_its_weights_are_its_own(root):
+    record = runs.ensure(run())
+    assert runs.ensure(run()) == record
+    assert len(record["history"]) == 2 and record["seed"] == 0
+    assert not list(root.rglob("*.unfinished"))
+    model, data = runs.trained(record), runs.dataset("digits", 128)
+    again = evaluate(model, data.test, data.mean, data.std)["accuracy"]
+    assert again == pytest.approx(record["metrics"]["test_accuracy"])
+
+
+def test_a_data_set_can_be_cut_and_is_the_same_for_all():
+    cut, whole = runs.dataset("digits", 100), runs.dataset("digits")
+    assert len(cut.train.labels) == 100 < len(whole.train.labels)
+    assert torch.equal(cut.test.images, whole.test.images)
+    assert len(set(cut.train.labels.tolist())) == 10  # a random part, not the first
+
+
+def test_a_teacher_is_trained_first(root):
+    distil = dataclasses.replace(run(), recipe=dataclasses.replace(RECIPE, distill_logits=1.0), teacher=run())
+    record = runs.ensure(distil)
+    assert len(list((root / "data" / "runs" / "training").glob("*.json"))) == 2
+    assert record["history"][0]["distill_logits"] > 0
+    assert record["config"]["teacher"]["data"] == "digits"
+
+
+def search(**changes):
+    first = dataclasses.replace(RECIPE, keep="last", epochs=1)
+    config = preset("cct_2_3x1", "SA L2Q", layers=3)
+    return runs.SearchRun("digits", config, first, RECIPE, **{"budget": 1, "images": 128, **changes})
+
+
+def test_searches_share_their_first_phase(monkeypatch):
+    phases = []
+    fit = sas.fit
+    monkeypatch.setattr(sas, "fit", lambda net, *a, **k: phases.append(a[-1].exists()) or fit(net, *a, **k))
+    found = runs.collect([search(), search(budget=2), search(rule="bottom")])
+    assert phases == [False, True, True]
+    first, second, bottom = (record["metrics"] for record in found)
+    assert first["alphas"] == second["alphas"] == bottom["alphas"]
+    assert first["architecture"].count("self") == 1 and second["architecture"].count("self") == 2
+    assert first["architecture"] != bottom["architecture"]
+    model = runs.trained(found[0])
+    assert list(model.config.attention) == first["architecture"]
+    data = runs.dataset("digits", 128)
+    assert evaluate(model, data.test, data.mean, data.std)["accuracy"] == pytest.approx(first["test_accuracy"])
+
+
+def test_reference_gives_what_there_is():
+    assert runs.collect([run()], "reference") == []
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        runs.trained({**runs.ensure(run()), "key": "0000"})
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "cpu"])
+def test_profiles_make_runs(name):
+    size = profiles.profile(name)
+    config = preset(size.trained, "SA L2Q", **size.changes)
+    assert config.layers >= 4
+    one = size.training("digits", config, seed=3, lr=0.5)
+    assert one.seed == 3 and one.recipe.lr == 0.5 and one.images == size.images
+    two = size.search("digits", config, 2, 1, rule="bottom", distill_logits=1.0, teacher=one)
+    assert (two.seed, two.rule, two.teacher, two.finetune.distill_logits) == (1, "bottom", one, 1.0)
+    assert two.search.epochs == size.search_epochs and two.search.distill_logits == 0
+
+
+def test_unknown_profile():
+    with pytest.raises(ValueError, match="profile 'huge' is unknown: choose from smoke, quick, cpu, short, paper"):
+        profiles.profile("huge")
