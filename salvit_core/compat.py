@@ -6,6 +6,7 @@
 import importlib
 import importlib.util
 import sys
+from types import ModuleType
 
 import torch
 
@@ -14,6 +15,12 @@ def repair() -> None:
     """Make `import crypten` and `import torchvision` work in this process."""
     _alias_onnx_registration()
     _declare_torchvision_operators()
+
+
+def torchvision(module: str) -> ModuleType:
+    """A module of torchvision, such as "datasets", imported late: models and digits need none of it."""
+    repair()
+    return importlib.import_module(f"torchvision.{module}")
 
 
 def _alias_onnx_registration() -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from salvit_core import compat, data
+from salvit_core import augment, compat, data
 
 compat.repair()
 import torchvision  # noqa: E402
@@ -232,7 +232,7 @@ def test_batches_refuses_at_once(wrong, message):
 def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror(side, pad, flip):
     image = pictures(1, side=side)
     count = 1200
-    found = data.crop(image.repeat(count, 1, 1, 1), flip, generator())
+    found = augment.crop(image.repeat(count, 1, 1, 1), flip, generator())
     assert found.shape == (count, 3, side, side) and found.dtype == torch.uint8
     padded = torch.nn.functional.pad(image[0], (pad,) * 4)
     windows = {}
@@ -252,7 +252,7 @@ def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror(side, pad, fli
 def test_digits_are_cropped_but_never_mirrored(monkeypatch):
     digits = data.load("digits")
     assert not any(part.flip for part in (digits.train, digits.validation, digits.test))
-    seen, crop = [], data.crop
+    seen, crop = [], augment.crop
     monkeypatch.setattr(data, "crop", lambda images, flip, own: seen.append(flip) or crop(images, flip, own))
     list(data.batches(digits.train, 256, digits.mean, digits.std, "crop", generator()))
     list(data.batches(numbered(4), 256, NO_MEAN, NO_STD, "crop", generator()))
@@ -299,17 +299,17 @@ def reference(image, name, strength, side=32):
 
 def test_the_policy_is_the_published_one():
     published = [tuple((NAMES[name], chance, level) for name, chance, level in pair) for pair in REFERENCE._policies]
-    assert list(data.POLICY) == published
+    assert list(augment.POLICY) == published
     signed = {NAMES[name] for name, (_, signed) in REFERENCE._AUGMENTATION_SPACE.items() if signed and name in NAMES}
-    assert set(data.SIGNED) == signed
+    assert set(augment.SIGNED) == signed
 
 
-@pytest.mark.parametrize("step", data.STEPS, ids=lambda step: f"{step[0]}{step[1]:+.2f}")
+@pytest.mark.parametrize("step", augment.STEPS, ids=lambda step: f"{step[0]}{step[1]:+.2f}")
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 28)])
 def test_each_operation_on_a_batch_equals_torchvision_on_single_images(step, channels, side):
     name, strength = step
     images = pictures(6, channels, side)
-    found = data.operations()[name](images, strength)
+    found = augment.operations()[name](images, strength)
     assert found.shape == images.shape and found.dtype == torch.uint8
     expected = torch.stack([reference(image, name, strength, side) for image in images])
     # a convolution adds up in another order for several images: one level, here and there
@@ -319,11 +319,11 @@ def test_each_operation_on_a_batch_equals_torchvision_on_single_images(step, cha
         assert not torch.equal(found, images)
 
 
-@pytest.mark.parametrize("step", data.STEPS, ids=lambda step: f"{step[0]}{step[1]:+.2f}")
+@pytest.mark.parametrize("step", augment.STEPS, ids=lambda step: f"{step[0]}{step[1]:+.2f}")
 def test_each_operation_agrees_with_pillow(step):
     name, strength = step
     images = pictures(6)
-    found = data.operations()[name](images, strength).int()
+    found = augment.operations()[name](images, strength).int()
     singles = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     expected = torch.stack(
         [torch.from_numpy(np.array(reference(one, name, strength))).permute(2, 0, 1) for one in singles]
@@ -339,26 +339,26 @@ def test_each_operation_agrees_with_pillow(step):
 def test_autoaugment_puts_each_image_through_its_own_two_steps(channels):
     images = pictures(300, channels)
     before = images.clone()
-    found = data.autoaugment(images, generator(5))
+    found = augment.autoaugment(images, generator(5))
     assert torch.equal(images, before)  # the data set is not written to
-    steps = data.draw_steps(300, generator(5))
+    steps = augment.draw_steps(300, generator(5))
     assert steps.shape == (300, 2) and len(steps.unique()) > 30
     for image, pair, result in zip(images, steps.tolist(), found, strict=True):
         for step in pair:
-            image = reference(image, *data.STEPS[step])
+            image = reference(image, *augment.STEPS[step])
         off = (image.int() - result.int()).abs()
-        sharpened = "sharpness" in {data.STEPS[step][0] for step in pair}
+        sharpened = "sharpness" in {augment.STEPS[step][0] for step in pair}
         assert off.max() <= 3 * sharpened and (off > 0).float().mean() < 0.02
 
 
 def test_identical_images_part_ways():
-    found = data.autoaugment(pictures(1).repeat(500, 1, 1, 1), generator())
+    found = augment.autoaugment(pictures(1).repeat(500, 1, 1, 1), generator())
     assert len({image.numpy().tobytes() for image in found}) > 40
 
 
 def test_steps_are_drawn_as_often_as_the_policy_says():
     count = 200_000
-    steps = data.draw_steps(count, generator())
+    steps = augment.draw_steps(count, generator())
     for position in range(2):
         expected = collections.Counter()
         for pair in REFERENCE._policies:
@@ -367,15 +367,15 @@ def test_steps_are_drawn_as_often_as_the_policy_says():
             for sign in signs:
                 expected[NAMES[name], round(sign * (level or 0) / 9, 6) + 0.0] += chance / 25 / len(signs)
             expected["identity", 0.0] += (1 - chance) / 25
-        drawn = steps[:, position].bincount(minlength=len(data.STEPS)) / count
+        drawn = steps[:, position].bincount(minlength=len(augment.STEPS)) / count
         found = collections.Counter()
-        for (name, strength), share in zip(data.STEPS, drawn.tolist(), strict=True):
+        for (name, strength), share in zip(augment.STEPS, drawn.tolist(), strict=True):
             found[name, round(strength, 6) + 0.0] += share
         for step in {*expected, *found}:
             p = expected[step]
             assert abs(found[step] - p) <= 5 * (p * (1 - p) / count) ** 0.5, step
     # the two steps of an image come from one sub-policy: invert is followed by contrast or nothing
-    first, second = ([data.STEPS[step][0] for step in steps[:, k].tolist()] for k in range(2))
+    first, second = ([augment.STEPS[step][0] for step in steps[:, k].tolist()] for k in range(2))
     assert {b for a, b in zip(first, second, strict=True) if a == "invert"} == {"contrast", "identity"}
     assert {b for a, b in zip(first, second, strict=True) if a == "rotate"} == {"translate_x", "identity"}
 
@@ -393,9 +393,9 @@ def test_torchvision_is_imported_only_for_what_needs_it():
 def test_the_same_draws_on_a_gpu():
     here, there = data.load("digits"), data.load("digits", device="cuda")
     assert there.train.images.is_cuda and (there.mean, there.std) == (here.mean, here.std)
-    for augment in data.AUGMENT:
+    for kind in data.AUGMENT:
         found = [
-            torch.cat([x for x, _ in data.batches(d.train, 256, NO_MEAN, NO_STD, augment, generator())]).cpu()
+            torch.cat([x for x, _ in data.batches(d.train, 256, NO_MEAN, NO_STD, kind, generator())]).cpu()
             for d in (here, there)
         ]
         if augment == "autoaugment":
