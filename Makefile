@@ -1,10 +1,10 @@
-# make study | test | lab | clean-runs. Each sets the environment up first; a second call installs nothing.
+# make study | test | lab | bench | clean-runs. Each sets the environment up first; a second call installs nothing.
 PYTHON  ?= python3
 PROFILE ?= quick
 ONLY    ?=
 BIN     := .venv/bin
 
-.PHONY: study test lab clean-runs
+.PHONY: study test lab bench clean-runs
 .DELETE_ON_ERROR:
 
 # The stamp is newer than pyproject.toml exactly when the environment holds what pyproject.toml asks for.
@@ -22,6 +22,9 @@ test: .venv/installed
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: .venv/installed
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean-runs:
 	rm -rf data/runs figures/executed

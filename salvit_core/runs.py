@@ -14,12 +14,21 @@ import torch
 from tqdm.auto import tqdm
 
 from . import data as datasets
-from . import records, sas, training
+from . import learned, records, sas, training
 from .cct import CCT, CCTConfig, preset
 from .training import Recipe
 
-# Sides in pixels to which the paper resizes; other data sets stay as they are.
-IMAGE = {"tiny_imagenet": 224, "imagenet": 224}
+# Side in pixels (Tiny-ImageNet and ImageNet resized as in the paper), channels and classes: what fixes a network, so
+# that records can be looked up where the images are not.
+SHAPES = {
+    "digits": (8, 1, 10),
+    "fashion_mnist": (28, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "tiny_imagenet": (224, 3, 200),
+    "imagenet": (224, 3, 1000),
+}
+RESIZED = ("tiny_imagenet", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,24 @@ class SearchRun:
         return self.finetune.seed
 
 
+@dataclass(frozen=True)
+class LearnedRun:
+    """What one trained L2Q network learnt (`learned`): read off its weights and the test images.
+
+    Attributes:
+        trained: the run that trained it.
+        images: test images over which attention distances are averaged.
+    """
+
+    trained: TrainRun
+    images: int = 64
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+
 @functools.lru_cache(maxsize=4)
 def dataset(name: str, images: int = 0) -> datasets.Data:
     """A data set from data/, on the GPU where there is one, with at most `images` training images (0: all).
@@ -89,7 +116,8 @@ def dataset(name: str, images: int = 0) -> datasets.Data:
     The validation split is drawn with seed 0 whatever the run's seed is, so that all runs see the same images.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = datasets.load(name, records.ROOT / "data", device, image=IMAGE.get(name))
+    image = SHAPES[name][0] if name in RESIZED else None
+    found = datasets.load(name, records.ROOT / "data", device, image=image)
     if images and images < len(found.train.labels):
         # The training images are in the order of the data set; take a random part, the same for all runs.
         kept = torch.randperm(len(found.train.labels), generator=torch.Generator().manual_seed(0))[:images]
@@ -99,16 +127,31 @@ def dataset(name: str, images: int = 0) -> datasets.Data:
 
 
 def network(name: str, data: str, method: str | None = None, **changes) -> CCTConfig:
-    """A preset with the image size, channels and classes of a data set; the rest as in `cct.preset`."""
-    found = dataset(data)
-    _, channels, _, side = found.train.images.shape
-    return preset(name, method, image=side, channels=channels, classes=found.classes, **changes)
+    """A preset with the image size, channels and classes of a data set; the rest as in `cct.preset`.
+
+    Raises:
+        ValueError: a data set without a shape here, such as "auto": resolve it first.
+    """
+    if data not in SHAPES:
+        raise ValueError(f"data {data!r} has no known shape: choose from {', '.join(SHAPES)}")
+    image, channels, classes = SHAPES[data]
+    return preset(name, method, image=image, channels=channels, classes=classes, **changes)
 
 
-def ensure(run: TrainRun | SearchRun, source: str = "local") -> dict:
-    """The record of a run; trains what is not there yet."""
-    study, measure = ("training", _train) if isinstance(run, TrainRun) else ("search", _search)
+def resolve(name: str) -> str:
+    """The data set that "auto" stands for on this machine; any other name is itself."""
+    return dataset(name).name if name == "auto" else name
+
+
+def ensure(run: "TrainRun | SearchRun | LearnedRun", source: str = "local") -> dict:
+    """The record of a run; trains or measures what is not there yet."""
+    study, measure = _STUDIES[type(run)]
     return records.ensure(study, run, measure, source)
+
+
+def key(run: "TrainRun | SearchRun | LearnedRun") -> str:
+    """The key of a run's record."""
+    return records.key(_STUDIES[type(run)][0], run)
 
 
 def collect(runs: Sequence[TrainRun | SearchRun], source: str = "local", label: str = "runs") -> list[dict]:
@@ -116,8 +159,7 @@ def collect(runs: Sequence[TrainRun | SearchRun], source: str = "local", label: 
     if source == "local":
         return [ensure(run, source) for run in tqdm(runs, desc=label)]
     folder = records.folder(source)
-    kinds = {TrainRun: "training", SearchRun: "search"}
-    there = [run for run in runs if (folder / kinds[type(run)] / f"{records.key(kinds[type(run)], run)}.json").exists()]
+    there = [run for run in runs if (folder / _STUDIES[type(run)][0] / f"{key(run)}.json").exists()]
     return [ensure(run, source) for run in there]
 
 
@@ -196,3 +238,27 @@ def _search(run: SearchRun) -> dict:
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
     return {**finetune, **found, "history": history}
+
+
+def _learned(run: LearnedRun) -> dict:
+    model, data = trained(ensure(run.trained)), dataset(run.trained.data)
+    images, _ = next(datasets.batches(data.test, run.images, data.mean, data.std))
+    device = data.test.images.device
+
+    def accuracy(network: CCT) -> float:
+        return training.evaluate(network.to(device), data.test, data.mean, data.std)["accuracy"]
+
+    resets = [
+        {"replaced": name, "mean over": over, "accuracy": accuracy(learned.reset(model, name, over))}
+        for name in ("c", "d", "both")
+        for over in ("head", "layer")
+    ]
+    return {
+        "spread": learned.spread(model).to_dict("records"),
+        "distance": learned.attention_distance(model, images.cpu()).to_dict("records"),
+        "resets": resets,
+        "accuracy": accuracy(model),
+    }
+
+
+_STUDIES = {TrainRun: ("training", _train), SearchRun: ("search", _search), LearnedRun: ("learned", _learned)}

@@ -19,7 +19,7 @@ PICTURES = {
         "table_4_salvit_by_layer",
     ],
     "02": ["figure_7_l2q_granularity", "figure_8_l2q_parameters", "figure_7_private_cost"],
-    "03": ["algorithm_1_alpha", "figure_1_accuracy_latency", "figure_6_normalizers"],
+    "03": ["algorithm_1_alpha", "figure_1_accuracy_latency", "figure_5_accuracy_latency", "figure_6_normalizers"],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
 }
 TABLES = {

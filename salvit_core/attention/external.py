@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..normalizers import L1, Scaling
+from . import fused
 
 
 class ExternalAttention(nn.Module):
@@ -47,7 +48,12 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
-        query = self.query(x).unflatten(-1, (self.heads, self.head)).transpose(1, 2)  # (B, H, N, D)
+        query = self.query(x).unflatten(-1, (self.heads, self.head))  # (B, N, H, D)
+        if fused.applies(self, query):
+            memories = self.scores.weight, self.normalizer, self.values.weight
+            values = fused.external_attention(query, *memories, self.dropout.p)  # (B, N, H, D)
+            return (self.projection(values) + query).flatten(2)
+        query = query.transpose(1, 2)  # (B, H, N, D)
         scores = self.scores(query)  # (B, H, N, S)
         weights = self.dropout(self.l1(self.normalizer(scores)))  # (B, H, N, S)
         values = self.values(weights)  # (B, H, N, D)

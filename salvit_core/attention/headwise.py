@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..normalizers import L1, Scaling
+from . import fused
 from .matmul import MatMul
 
 
@@ -40,6 +41,8 @@ class SelfHeads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> heads (B, h, N, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, h, D)
+        if fused.applies(self, qkv):
+            return self.projection(fused.self_attention(qkv, self.normalizer, self.dropout.p)).transpose(1, 2)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, h, N, D)
         scores = self.scores(query, key.transpose(-2, -1)) * self.head**-0.5  # (B, h, N, N)
         weights = self.dropout(self.normalizer(scores))  # (B, h, N, N)
@@ -81,7 +84,12 @@ class ExternalHeads(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> heads (B, h, N, D)."""
-        query = self.query(x).unflatten(-1, (self.heads, self.head)).transpose(1, 2)  # (B, h, N, D)
+        query = self.query(x).unflatten(-1, (self.heads, self.head))  # (B, N, h, D)
+        if fused.applies(self, query):
+            memories = self.scores.weight, self.normalizer, self.values.weight
+            values = fused.external_attention(query, *memories, self.dropout.p)  # (B, N, h, D)
+            return (self.projection(values) + query).transpose(1, 2)
+        query = query.transpose(1, 2)  # (B, h, N, D)
         weights = self.dropout(self.l1(self.normalizer(self.scores(query))))  # (B, h, N, S)
         return self.projection(self.values(weights)) + query  # (B, h, N, D)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import fused
 from .matmul import MatMul
 
 
@@ -34,6 +35,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
+        if fused.applies(self, qkv):
+            return self.projection(fused.self_attention(qkv, self.normalizer, self.dropout.p).flatten(2))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
         scores = self.scores(query, key.transpose(-2, -1)) * self.head**-0.5  # (B, H, N, N)
         weights = self.dropout(self.normalizer(scores))  # (B, H, N, N)

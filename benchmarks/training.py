@@ -1,0 +1,304 @@
+"""Images per second of a training step: ours against the recipe of the released code, on one machine in one run.
+
+    python benchmarks/training.py            # CCT-7/3x1, batch 64 on a CPU, 256 on a GPU
+    python benchmarks/training.py --quick    # seconds: does it run at all?
+
+The recipe: images augmented one by one with PIL in 2 worker processes, float32, AdamW that decays everything, both
+attentions computed in every layer, and every step of the attention on its own. Ours is `salvit_core.training.fit` as
+the study calls it: images on the device, augmented in batches, bfloat16 where the machine multiplies faster in it, the
+fused attention, and after the search only the branches that were chosen. The images are random, of CIFAR-10's size.
+
+Each variant is a process of its own, so that its memory is its own; the two of a row take turns.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from salvit_core import CCT, compat, data, preset, records, sas
+from salvit_core.attention import fused
+from salvit_core.training import Recipe, fit, train
+
+ROWS = ("search phase", "fine-tuning, B = 3", "plain self-attention")
+VARIANTS = ("recipe", "ours")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
+WORKERS, PREFETCH = 2, 2  # DataLoader's processes, and batches that each has ready
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is measured, and how long."""
+
+    device: str
+    preset: str
+    batch: int
+    steps: int  # in a turn
+    turns: int  # after one that warms up
+    bf16: bool  # in ours
+    compile: bool  # torch.compile in ours
+
+
+def config(run: Run, row: str):
+    """The network of a row; the same for both variants but that the recipe mixes where ours has chosen."""
+    method = {"fine-tuning, B = 3": "SAL-ViT B=3", "plain self-attention": "SA softmax"}.get(row, "SA L2Q")
+    changes = {}
+    if run.preset == "cct_2_3x1":  # --quick: two layers cannot have three of self-attention
+        method, changes = method.replace("B=3", "B=1"), dict(image=32, channels=3)
+    return preset(run.preset, method, **changes)
+
+
+# The recipe
+
+
+class _Images(Dataset):
+    """Random images that pass through PIL one by one."""
+
+    def __init__(self, count: int):
+        compat.repair()
+        from torchvision import transforms
+
+        self.images = torch.randint(256, (1024, 32, 32, 3), dtype=torch.uint8).numpy()
+        self.count = count
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index % 1024])), index % 10
+
+
+def recipe(run: Run, row: str):
+    """Yields images per second, turn by turn."""
+    fused.ENABLED = False
+    device = torch.device(run.device)
+    net = CCT(config(run, row)) if row == "plain self-attention" else sas.mixed(config(run, row))
+    if row.startswith("fine-tuning"):
+        sas.freeze(net, net.config.attention)
+        for block in net.blocks:
+            block.attention.alpha.requires_grad_(False)
+    term = sas.penalty(net, released=True) if row == "search phase" else None
+    net.to(device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-4, weight_decay=0.06)
+    count = (run.turns + 1) * (run.steps + WORKERS * PREFETCH) * run.batch
+    options = dict(shuffle=True, num_workers=WORKERS, pin_memory=device.type == "cuda", drop_last=True)
+    loader = DataLoader(_Images(count), run.batch, multiprocessing_context="fork", **options)  # this process is spawned
+    batches = iter(loader)
+    while True:
+        if device.type == "cuda":  # what the workers made ready before the turn is no speed; a CPU never waits for them
+            for _ in range(WORKERS * PREFETCH):
+                next(batches)
+        start = time.perf_counter()
+        for _ in range(run.steps):
+            images, labels = (x.to(device, non_blocking=True) for x in next(batches))
+            loss = F.cross_entropy(net(images), labels, label_smoothing=0.1)
+            if term is not None:
+                loss = loss + term()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for the device
+        speed = run.steps * run.batch / (time.perf_counter() - start)
+        time.sleep(1)  # the workers fill their queues again, and do not disturb the other variant's turn
+        yield speed
+
+
+# Ours
+
+
+def ours(run: Run, row: str):
+    """Yields images per second, turn by turn."""
+    net = sas.mixed(config(run, row)) if row == "search phase" else CCT(config(run, row))
+    term = sas.penalty(net) if row == "search phase" else None
+    splits = []
+    for count in (run.steps * run.batch, 8, 8):
+        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        splits.append(data.Split(images.to(run.device), torch.randint(10, (count,)).to(run.device)))
+    images = data.Data("random", 10, *splits, mean=MEAN, std=STD, chosen="")
+    options = dict(bf16=run.bf16, channels_last=True, compile=run.compile, keep="last")
+    for facts in fit(net, images, Recipe(epochs=run.turns + 1, batch=run.batch, **options), penalty=term):
+        yield facts["images_per_second"]
+
+
+def _child(connection, run: Run, row: str, variant: str) -> None:
+    """A variant's process: a turn for each message, its peak memory (MiB) at the end."""
+    torch.manual_seed(0)
+    turns = (recipe if variant == "recipe" else ours)(run, row)
+    while connection.recv():
+        connection.send(next(turns))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    workers = sum(child.memory_full_info().uss for child in psutil.Process().children(recursive=True)) / 2**20
+    device = torch.cuda.max_memory_allocated() / 2**20 if run.device == "cuda" else None
+    connection.send({"process_mib": peak, "workers_mib": workers, "device_mib": device})
+
+
+def measure(run: Run, row: str) -> list[dict]:
+    """Both variants of a row, turn and turn about."""
+    spawn, children = multiprocessing.get_context("spawn"), {}
+    for variant in VARIANTS:
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=_child, args=(there, run, row, variant))
+        process.start()
+        there.close()  # so that a child that dies ends the wait for it
+        children[variant] = here, process
+    speeds = {variant: [] for variant in VARIANTS}
+    try:
+        for _ in range(run.turns + 1):
+            for variant, (connection, _) in children.items():
+                connection.send(True)
+                speeds[variant].append(connection.recv())
+        rows = []
+        for variant, (connection, _) in children.items():
+            connection.send(False)
+            some = speeds[variant][1:]
+            facts = dict(images_per_second=statistics.median(some), lowest=min(some), highest=max(some), turns=some)
+            rows.append({"row": row, "variant": variant, **facts, **connection.recv()})
+        for _, process in children.values():
+            process.join()
+    finally:
+        for _, process in children.values():
+            process.terminate()
+    for facts in rows:
+        facts["speedup"] = facts["images_per_second"] / rows[0]["images_per_second"]
+    return rows
+
+
+# What bounds it
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square product, the best of some."""
+    x = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def flops(run: Run, row: str) -> float:
+    """FLOPs of the products in one image's training step, scores computed once."""
+    net = sas.mixed(config(run, row)) if row == "search phase" else CCT(config(run, row))
+    before, fused.ENABLED = fused.ENABLED, False
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    finally:
+        fused.ENABLED = before
+    return counter.get_total_flops() / 2
+
+
+# Does it still learn as well?
+
+
+def accuracy(seeds: int, epochs: int, bf16: bool) -> dict:
+    """Test accuracy (%) on the digits at 16 pixels, 64 tokens: plain in float32, and fused in bfloat16."""
+    digits = data.load("digits", image=16)
+    recipe = Recipe(epochs=epochs, batch=64, lr=2e-3, augment="crop")
+    found = {"plain float32": [], "ours": []}
+    for seed in range(seeds):
+        for name, some in found.items():
+            fused.ENABLED = name == "ours"
+            torch.manual_seed(seed)
+            net = CCT(preset("cct_2_3x1", attention=("self", "external"), normalizer="l2q", image=16))
+            changes = dict(seed=seed, bf16=bf16 and name == "ours")
+            some.append(train(net, digits, dataclasses.replace(recipe, **changes))["test_accuracy"])
+    fused.ENABLED = True
+    return {"data": "digits, 16 pixels", "epochs": epochs, **found}
+
+
+def markdown(report: dict) -> str:
+    """The report as tables."""
+    device = report["device_name"]
+    lines = [
+        f"{report['run']['preset']}, batch {report['run']['batch']}, {device}, {report['date'][:10]}; random images",
+        "",
+        "| step | variant | images/s (median, range) | speed-up | bound by products | peak memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        memory = f"{row['process_mib']:.0f}"
+        memory += f" + {row['workers_mib']:.0f} in workers" if row["workers_mib"] else ""
+        memory += f"; device {row['device_mib']:.0f}" if row["device_mib"] else ""
+        speed = f"{row['images_per_second']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})"
+        bound = f"{row['bound']:.0f} images/s" if "bound" in row else ""
+        lines.append(f"| {row['row']} | {row['variant']} | {speed} | {row['speedup']:.1f} | {bound} | {memory} |")
+    checked = report["accuracy"]
+    lines += ["", f"Test accuracy after {checked['epochs']} epochs ({checked['data']}), mean of seeds (range):"]
+    for name in ("plain float32", "ours"):
+        some = checked[name]
+        lines.append(f"- {name}: {statistics.mean(some):.2f} % ({min(some):.2f} to {max(some):.2f})")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny network, two rows, a single turn: a smoke test")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="images in a step (default: 64 on a CPU, 256 on a GPU)")
+    parser.add_argument("--steps", type=int, help="steps in a turn (default: 2 on a CPU, 40 on a GPU)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each variant, after one that warms up")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in ours")
+    parser.add_argument("--out", type=Path, default=records.ROOT / "data/runs/benchmarks/training.json")
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    size = 256 if options.quick else 8192 if cuda else 2048
+    rates = {dtype: matmul_rate(options.device, getattr(torch, dtype), size) for dtype in ("float32", "bfloat16")}
+    bf16 = rates["bfloat16"] > 1.2 * rates["float32"]
+    if options.quick:
+        run = Run(options.device, "cct_2_3x1", 4, 1, 1, bf16, options.compile)
+    else:
+        batch, steps = (256, 40) if cuda else (64, 2)
+        batch, steps = options.batch or batch, options.steps or steps
+        run = Run(options.device, "cct_7_3x1", batch, steps, options.turns, bf16, options.compile)
+    rows = [facts for row in ROWS[: 2 if options.quick else None] for facts in measure(run, row)]
+    for facts in rows:
+        if facts["variant"] == "ours":
+            facts["flops_per_image"] = flops(run, facts["row"])
+            facts["bound"] = rates["bfloat16" if bf16 else "float32"] / facts["flops_per_image"]
+    machine = records.machine()
+    report = {
+        "run": dataclasses.asdict(run),
+        "images": "random, uint8, 3x32x32",
+        "device_name": torch.cuda.get_device_name() if cuda else f"{machine['processor']}, {machine['cores']} cores",
+        "threads": torch.get_num_threads(),
+        "matmul_flop_per_second": rates,
+        "rows": rows,
+        "accuracy": accuracy(*((1, 1) if options.quick else (3, 20)), bf16),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": records.versions(),
+        "machine": machine,
+        "commit": records.commit(),
+        "source": "measured",
+    }
+    records.write(options.out, json.dumps(report, indent=1, allow_nan=False))
+    print(markdown(report))
+    print(f"\n{options.out}")
+
+
+if __name__ == "__main__":
+    main()
