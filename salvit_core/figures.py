@@ -20,8 +20,6 @@ PALETTE = sns.color_palette("colorblind", 10).as_hex()
 HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "|||", "+++", "ooo", "OO")
 DASHES = ((1, 0), (4, 1), (1, 1), (4, 1, 1, 1), (6, 2))
 
-# One colour per method in every figure: by attention, lighter where the normaliser is cheaper.
-METHOD_COLORS = {"SA": PALETTE[0], "EA": PALETTE[1], "SAL-ViT": PALETTE[2]}
 NORMALIZER_STYLE = {
     name: (PALETTE[i], DASHES[i]) for i, name in enumerate(("softmax", "2quad", "2relu", "l2q", "scaling"))
 }
@@ -39,11 +37,6 @@ STYLE = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
 }
-
-
-def method_color(method: str) -> str:
-    """The colour of a method's family: self-attention, external attention or SAL-ViT."""
-    return METHOD_COLORS[method.split(" ")[0]]
 
 
 def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None = None, note: str = "") -> Figure:
@@ -138,11 +131,12 @@ def normalizer_curves(table: pd.DataFrame, note: str = "") -> Figure:
     return figure
 
 
-def accuracy_by_variant(table: pd.DataFrame, note: str = "") -> Figure:
+def accuracy_by_variant(table: pd.DataFrame, known: list[str], note: str = "") -> Figure:
     """Test accuracy of variants of one network, a panel per data set: a dot per seed, a bar at their mean.
 
     Args:
         table: columns dataset, variant, seed, accuracy (percent), in the order to draw.
+        known: all variants of the study, in whose order colours are given: one per variant in every figure.
         note: what was measured.
     """
     sets = table["dataset"].unique()
@@ -154,7 +148,7 @@ def accuracy_by_variant(table: pd.DataFrame, note: str = "") -> Figure:
             for i, variant in enumerate(variants):
                 values = part.loc[part["variant"] == variant, "accuracy"]
                 if len(values):
-                    axis.hlines(values.mean(), i - 0.3, i + 0.3, color=PALETTE[i % len(PALETTE)], linewidth=3)
+                    axis.hlines(values.mean(), i - 0.3, i + 0.3, color=PALETTE[known.index(variant)], linewidth=3)
                     axis.scatter([i] * len(values), values, s=16, color="white", edgecolor="black", zorder=3)
             axis.set_xticks(range(len(variants)), variants, rotation=30, ha="right")
             axis.set_ylabel("test accuracy (%)")

@@ -1,5 +1,7 @@
 """A model as a torch.fx graph, and where in the network each node stands: what cost counts and protocols run."""
 
+from copy import deepcopy
+
 import torch
 from torch import fx, nn
 
@@ -57,21 +59,19 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: the model's forward depends on its data (a Python `if` on a tensor, say).
     """
-    training = model.training
-    model.eval()
+    # A copy: the graph shares its modules, and must stay in evaluation mode whatever becomes of the model.
+    model = deepcopy(model).eval()
     try:
         tracer = _Tracer()
         graph = tracer.trace(model)
     except (fx.proxy.TraceError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
-    finally:
-        model.train(training)
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         path = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()][-1:]
         path = str(node.target) if node.op == "call_module" else (path[0] if path else "")
         node.meta["layer"], node.meta["kind"] = _place(path)
-    return fx.GraphModule(tracer.root, graph)
+    return fx.GraphModule(tracer.root, graph).eval()
 
 
 def _place(path: str) -> tuple[str, str]:

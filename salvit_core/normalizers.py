@@ -122,7 +122,8 @@ class L2Q(Normalizer):
 
     def extra_repr(self) -> str:
         """Options that show in the model's text and so in its fingerprint."""
-        return f"dim={self.dim}, granularity={self.granularity}"
+        fixed = [f"{name}={getattr(self, name)}" for name in "cd" if not isinstance(getattr(self, name), nn.Parameter)]
+        return ", ".join([f"dim={self.dim}", f"granularity={self.granularity}", *fixed])
 
 
 class L1(Normalizer):

@@ -60,6 +60,7 @@ def ensure(study: str, config, run: Callable[..., dict], source: str = "local") 
         return _read(path)
     if source == "reference":
         raise FileNotFoundError(f'no reference record {study}/{path.name} for {config}: run with records = "local"')
+    code = commit()  # of the code that runs, not of what the tree holds when it ends
     begin = time.perf_counter()
     metrics = dict(run(config))
     record = {
@@ -73,7 +74,7 @@ def ensure(study: str, config, run: Callable[..., dict], source: str = "local") 
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
-        "commit": commit(),
+        "commit": code,
         "source": "measured",
     }
     write(path, json.dumps(record, indent=1, allow_nan=False))
@@ -97,7 +98,8 @@ def caption(found: list[dict]) -> str:
         return "no records"
     dates = sorted({record["date"][:10] for record in found})
     machines = sorted({f"{r['machine']['processor']}, {r['machine']['cores']} cores" for r in found})
-    package = ", ".join(f"{name} {version}" for name, version in found[0]["versions"].items() if name != "python")
+    used = {f"{name} {version}": 0 for r in found for name, version in r["versions"].items() if name != "python"}
+    package = ", ".join(used)
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     sources = " and ".join(sorted({record["source"] for record in found}))
     return f"{sources}: {len(found)} runs, {when}, {'; '.join(machines)}; {package}"
@@ -160,7 +162,7 @@ def machine() -> dict:
 
 @functools.cache
 def commit() -> str:
-    """The git commit of the code, with "+" if the tree held changes outside figures/ and notebooks/; "" without git."""
+    """The git commit, with "+" if salvit_core/ or pyproject.toml differ from it; "" without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

@@ -146,7 +146,10 @@ def resolve(name: str) -> str:
 def ensure(run: "TrainRun | SearchRun | LearnedRun", source: str = "local") -> dict:
     """The record of a run; trains or measures what is not there yet."""
     study, measure = _STUDIES[type(run)]
-    return records.ensure(study, run, measure, source)
+    record = records.ensure(study, run, measure, source)
+    # Only now that the record is written may its checkpoint go. A search keeps its own: others share them.
+    shutil.rmtree(_unfinished(run), ignore_errors=True)
+    return record
 
 
 def key(run: "TrainRun | SearchRun | LearnedRun") -> str:
@@ -184,6 +187,10 @@ def _weights(study: str, key: str, source: str = "local") -> Path:
     return records.folder(source) / study / f"{key}.pt"
 
 
+def _unfinished(run) -> Path:
+    return records.folder() / _STUDIES[type(run)][0] / f"{key(run)}.unfinished"
+
+
 def _save_weights(study: str, run: TrainRun | SearchRun, model: CCT) -> None:
     path = _weights(study, records.key(study, run))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,11 +212,9 @@ def _train(run: TrainRun) -> dict:
     teacher = _teacher(run)
     torch.manual_seed(run.seed)
     model = CCT(run.network)
-    folder = records.folder() / "training" / f"{records.key('training', run)}.unfinished"
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = _unfinished(run) / "checkpoint.pt"
     result = training.train(model, dataset(run.data, run.images), run.recipe, teacher, checkpoint=checkpoint)
     _save_weights("training", run, model)
-    shutil.rmtree(folder, ignore_errors=True)
     return _metrics(result)
 
 
@@ -233,8 +238,6 @@ def _search(run: SearchRun) -> dict:
         _teacher(run),
     )
     _save_weights("search", run, found.pop("network"))
-    for finished in folder.glob("finetune_*.pt"):
-        finished.unlink()
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
     return {**finetune, **found, "history": history}

@@ -80,14 +80,14 @@ def check(paths: list[Path], values: dict) -> None:
 def _live(name: str) -> Iterator[None]:
     """A line with the notebook's time and the number of records it wrote: one cell may run for many minutes."""
     runs = records.folder("local")
-    before = set(runs.rglob("*.json"))
+    before = set(runs.glob("*/*.json"))
     done = threading.Event()
     interval = 1.0 if sys.stderr.isatty() else 30.0
     line = tqdm(desc=name, bar_format="{desc}: {elapsed}{postfix}", file=sys.stderr)
 
     def refresh() -> None:
         while not done.wait(interval):
-            line.set_postfix_str(f"{len(set(runs.rglob('*.json')) - before)} new records")
+            line.set_postfix_str(f"{len(set(runs.glob('*/*.json')) - before)} new records")
 
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
@@ -96,7 +96,7 @@ def _live(name: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        line.set_postfix_str(f"{len(set(runs.rglob('*.json')) - before)} new records")
+        line.set_postfix_str(f"{len(set(runs.glob('*/*.json')) - before)} new records")
         line.close()
 
 
@@ -133,22 +133,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="quick", help=f"one of {', '.join(PROFILES)} (default quick)")
     parser.add_argument("--only", default="", help="notebooks to run, by the beginning of their names: 00,01")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook's parameter")
-    parser.add_argument("--timeout", type=float, default=7200, help="seconds that one cell may run (default 7200)")
+    parser.add_argument("--timeout", type=float, help="seconds a cell may run (smoke, quick: 2 h; else 7 d)")
     parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="the folder to take the notebooks from")
     args = parser.parse_args(argv)
     try:
-        if args.profile not in PROFILES:
-            raise ValueError(f"profile {args.profile!r} is unknown: choose from {', '.join(PROFILES)}")
         paths = notebooks(args.only, args.notebooks)
         values = {"profile": args.profile, **parameters(args.set)}
+        if values["profile"] not in PROFILES:
+            raise ValueError(f"profile {values['profile']!r} is unknown: choose from {', '.join(PROFILES)}")
+        records.folder(values.get("records", "local"))  # refuses an unknown source
         check(paths, values)
     except ValueError as error:
         parser.error(str(error))
 
+    # One cell runs all of a notebook's trainings.
+    timeout = args.timeout or (7200 if values["profile"] in ("smoke", "quick") else 7 * 24 * 3600)
     output = records.ROOT / "figures" / "executed"
     output.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="papermill")
-    outcomes = [execute(path, values, output, args.timeout) for path in paths]
+    outcomes = [execute(path, values, output, timeout) for path in paths]
 
     width = max(len(outcome.name) for outcome in outcomes)
     print(f"\n{'notebook':{width}}  minutes  outcome")

@@ -61,6 +61,16 @@ class Odd(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Sick(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+        self.linear.weight.data[0, 0] = float("nan")
+
+    def forward(self, x):
+        return self.linear(x)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -81,6 +91,12 @@ class Odd(nn.Module):
             r"no private protocol for Flatten \(0\), Softplus \(1\)",
         ),
         (dict(model=Odd()), "Odd cannot be traced by torch.fx"),
+        (
+            dict(model=nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2))),
+            r"no private protocol for Conv2d\(.*dilation.*\(0\)",
+        ),
+        (dict(model=nn.Sequential(nn.GELU(approximate="tanh"))), "no private protocol for GELU"),
+        (dict(model=Sick()), "weights linear.weight hold NaN"),
         (dict(model=nn.Sequential(nn.Linear(5, 2))), "do not fit the network"),
     ],
 )

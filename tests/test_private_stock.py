@@ -13,7 +13,7 @@ from salvit_core.attention.matmul import MatMul
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
 from salvit_core.private import stock
-from salvit_core.private.interpreter import DomainInterpreter, unsupported
+from salvit_core.private.interpreter import DomainInterpreter, fingerprint, unsupported
 from salvit_core.private.stock import crypten
 
 ULP = 2.0**-16  # one step of the fixed point
@@ -220,3 +220,31 @@ def test_every_attention_and_normaliser_has_a_protocol():
         for normalizer in NORMALIZERS:
             model = CCT(preset("cct_2_3x1", attention=attention, normalizer=normalizer))
             assert unsupported(trace(model), stock) == []
+
+
+def test_the_clear_answer_is_that_of_evaluation_mode():
+    """A model in training mode, as every fresh one is, must not be compared with its dropout on."""
+    torch.manual_seed(0)
+    model = CCT(preset("cct_7_3x1", "EA scaling"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        watched = DomainInterpreter(trace(model), stock).run(images)
+        assert model.training and not torch.equal(model(images), watched)
+        torch.testing.assert_close(watched, model.eval()(images))
+
+
+@pytest.mark.parametrize("options", [dict(elementwise_affine=False), dict(bias=False)])
+def test_layer_norm_without_some_of_its_weights(options):
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.LayerNorm(16, **options))
+    x = torch.randn(1, 1, 3, 16)
+    result = private.infer(norm, x)
+    torch.testing.assert_close(result.logits, norm(x).detach(), atol=2e-2, rtol=0)
+
+
+def test_the_fingerprint_tells_fixed_constants_apart():
+    """Two hosts that disagree about a constant must not compute together."""
+    one, other = (
+        fingerprint(trace(CCT(preset("cct_2_3x1", "SA L2Q", l2q_learn_c=False, l2q_initial_c=c)))) for c in (1.0, 3.0)
+    )
+    assert one != other

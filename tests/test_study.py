@@ -24,6 +24,8 @@ def notebook(folder, name, *cells):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--set", "profile=huge"], "profile 'huge' is unknown"),
+        (["--set", "records=refrence"], "records 'refrence' are unknown: choose from local, reference"),
         (["--profile", "huge"], "profile 'huge' is unknown: choose from smoke, quick, cpu, short, paper"),
         (["--only", "77"], "no notebook begins with '77': there are 00_start_here, 01_attention_latency"),
         (["--set", "depth=3"], "00_start_here has no parameter depth: it has profile, records, seed"),

@@ -19,9 +19,12 @@ def unsupported(graph: fx.GraphModule, protocol: ModuleType) -> list[str]:
     missing = []
     for node in graph.graph.nodes:
         if node.op == "call_module":
-            kind = type(graph.get_submodule(node.target))
+            module = graph.get_submodule(node.target)
+            kind = type(module)
             if kind not in protocol.MODULES:
                 missing.append(f"{kind.__name__} ({node.target})")
+            elif kind in protocol.OPTIONS and not protocol.OPTIONS[kind](module):
+                missing.append(f"{module} ({node.target})")
         elif node.op in ("call_function", "call_method") and node.target not in protocol.FUNCTIONS:
             missing.append(f"{getattr(node.target, '__name__', node.target)} ({node.meta['layer']})")
     return missing

@@ -113,6 +113,8 @@ def infer(
     if problem := image_problem(images):
         raise ValueError(problem)
     graph = trace(model)
+    if broken := [name for name, value in graph.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(f"weights {', '.join(broken[:3])} hold NaN or infinite values: they cannot be shared")
     clear, violations = _in_the_clear(graph, images, PROTOCOLS[protocol], getattr(model, "config", None))
 
     with tempfile.TemporaryDirectory(prefix="salvit-") as folder:

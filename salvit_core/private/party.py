@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
     deadline = began + args.timeout
     terms = {
         "version": __version__,
-        "torch": torch.__version__,
+        "torch": torch.__version__.split("+")[0],
         "protocol": args.protocol,
         "provider": args.provider,
         "architecture": None,

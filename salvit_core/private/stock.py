@@ -75,7 +75,8 @@ def layer_norm(module: nn.LayerNorm, secret: Secrets, x: MPCTensor) -> MPCTensor
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     y = centred * (variance + module.eps).inv_sqrt()
-    return y * secret["weight"] + secret["bias"] if module.elementwise_affine else y
+    y = y * secret["weight"] if "weight" in secret else y
+    return y + secret["bias"] if "bias" in secret else y
 
 
 # Normalisers
@@ -137,6 +138,15 @@ MODULES = {
     nn.Dropout: identity,
     nn.Identity: identity,
     StochasticDepth: identity,
+}
+
+
+# Options of torch's modules that the protocols above do not know: such a module is refused, not run as another.
+OPTIONS = {
+    nn.Conv2d: lambda m: (m.groups, m.dilation, m.padding_mode, type(m.padding)) == (1, (1, 1), "zeros", tuple),
+    nn.MaxPool2d: lambda m: (m.dilation, m.ceil_mode, m.return_indices) == (1, False, False),
+    nn.GELU: lambda m: m.approximate == "none",
+    nn.LayerNorm: lambda m: len(m.normalized_shape) == 1,
 }
 
 
