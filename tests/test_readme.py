@@ -1,0 +1,87 @@
+"""The README's numbers are those of the project's records, and what it links to is there."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from salvit_core import records
+from salvit_core.private import latency
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LABELS = {"SA softmax (baseline)": "SA softmax", "SA 2Quad (MPCFormer)": "SA 2Quad"}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|\n ").split("|")]
+
+
+def rows(heading):
+    """The lines of the table whose header begins with `heading`."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading}"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return [cells(line) for line in lines[start + 2 : end]]
+
+
+def test_latencies_are_those_on_record():
+    found = [record for record in records.load("latency", "reference") if latency.name_of(record)]
+    operations = latency.operations(found)
+    table = latency.totals(operations[operations["network"] == "cct_7_3x1"])
+    paper = pd.concat([pd.read_csv(ROOT / "data" / "paper" / f"table_{n}.csv") for n in (3, 4)])
+    paper = paper[paper["dataset"] == "cifar10"].groupby("method")["latency_s"].first()
+    shown = rows("attention, normaliser")
+    assert len(shown) == len(table)
+    for label, seconds, span, rounds, megabytes, ratio, without, theirs, their_ratio in shown:
+        name = LABELS.get(label, label.replace("B = ", "B="))
+        row = table.loc[name]
+        assert float(seconds) == round(row["seconds"], 1), name
+        assert span == f"{row['low']:.1f}-{row['high']:.1f}", name
+        assert (int(rounds), int(megabytes)) == (row["rounds"], round(row["megabytes"])), name
+        assert (ratio, without) == (f"{row['ratio']:.2f}", f"{row['ratio_without_layernorm']:.2f}"), name
+        if name in paper:
+            assert float(theirs) == paper[name] and their_ratio == f"{paper[name] / paper['SA softmax']:.2f}", name
+        else:
+            assert (theirs, their_ratio) == ("-", "-"), name
+
+
+def test_accuracies_are_those_on_record():
+    def key(record):
+        network = record["config"]["network"]
+        if record["study"] == "search":
+            return record["config"]["rule"], record["config"]["budget"]
+        kind = network["l2q_granularity"] if network["normalizer"] == "l2q" else network["normalizer"]
+        return network["attention"][0], kind
+
+    found = {
+        key(r): r["metrics"]["test_accuracy"] for s in ("training", "search") for r in records.load(s, "reference")
+    }
+    expected = {
+        "SA softmax": [("self", "softmax")],
+        "SA 2Quad": [("self", "2quad")],
+        "SA L2Q global / head-wise / element-wise": [("self", "global"), ("self", "head"), ("self", "element")],
+        "EA softmax": [("external", "softmax")],
+        "SAL-ViT, top alpha, B = 1 / 2 / 3": [("top", b) for b in (1, 2, 3)],
+        "worst case, lowest alpha, B = 1 / 2 / 3": [("bottom", b) for b in (1, 2, 3)],
+    }
+    shown = {label: ours for label, ours, _ in rows("network | ours")}
+    assert shown == {label: " / ".join(f"{found[k]:.2f}" for k in keys) for label, keys in expected.items()}
+
+
+def test_reference_records_say_where_they_are_from():
+    for study in ("latency", "training", "search", "learned"):
+        found = records.load(study, "reference")
+        assert found, study
+        for record in found:
+            assert record["source"] == "measured" and record["machine"]["processor"] and record["date"]
+            assert record["versions"]["torch"] == "2.13.0" or record["versions"]["torch"].startswith("2.13.0+")
+            assert record["commit"] and not record["commit"].endswith("+"), record["key"]
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(link):
+    tracked = subprocess.run(["git", "ls-files", link], cwd=ROOT, capture_output=True, text=True).stdout
+    assert tracked.strip(), f"{link} is not in the repository"
