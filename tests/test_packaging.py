@@ -66,9 +66,9 @@ class TestNotebook:
     def cells(self, path):
         return json.loads(path.read_text())["cells"]
 
-    def test_has_no_outputs(self, path):
-        code = [cell for cell in self.cells(path) if cell["cell_type"] == "code"]
-        assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    def test_is_stripped(self, path):
+        done = subprocess.run([sys.executable, "-m", "nbstripout", "--verify", path], capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}run: nbstripout notebooks/*.ipynb"
 
     def test_has_one_parameters_cell_of_literals(self, path):
         tagged = [cell for cell in self.cells(path) if "parameters" in cell["metadata"].get("tags", [])]
