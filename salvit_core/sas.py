@@ -5,6 +5,7 @@ loss (Eq. 5); `select` turns the alphas into an architecture, which is plain dat
 that holds only the chosen branches; `search` does it all.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -273,9 +274,11 @@ def search(
 
     alphas = net.alphas().detach()
     chosen = select(alphas, budget, rule, seed)
-    # Named by what it starts from as well: fine-tuning another search's weights is another run.
+    # Named by what it starts from and how it goes on as well: another search's weights, or recipe, is another run.
     letters = "-".join("".join(name[0] for name in ((names,) if isinstance(names, str) else names)) for names in chosen)
-    start = f"finetune_{letters}_{_digest(*net.state_dict().values())}.pt"
+    taught = "" if teacher is None else _digest(*teacher.state_dict().values())
+    how = hashlib.sha256(repr((finetune_recipe, taught)).encode()).hexdigest()[:8]
+    start = f"finetune_{letters}_{_digest(*net.state_dict().values())}_{how}.pt"
     if released:
         freeze(net, chosen)
     model = net if released else extract(net, chosen)

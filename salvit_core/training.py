@@ -276,7 +276,8 @@ def best_epoch(history: list[dict]) -> int:
 
 def progress(epochs: Iterable[dict], recipe: Recipe, label: str) -> Iterator[dict]:
     """Pass `fit`'s epochs through with a progress bar, in a terminal or a notebook; silently elsewhere."""
-    quiet = _process()[0] > 0 or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    notebook = "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+    quiet = _process()[0] > 0 or not (sys.stderr.isatty() or notebook)
     with tqdm(total=recipe.epochs, desc=label, unit="epoch", disable=quiet) as bar:
         for facts in epochs:
             bar.set_postfix_str(f"loss {facts['loss']:.3f}, validation {facts['validation_accuracy']:.2f} %", False)

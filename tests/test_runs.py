@@ -70,6 +70,15 @@ def test_searches_share_their_first_phase(monkeypatch):
     assert evaluate(model, data.test, data.mean, data.std)["accuracy"] == pytest.approx(first["test_accuracy"])
 
 
+def test_two_ways_to_fine_tune_one_choice_do_not_meet():
+    """The same search, the same layers, another recipe: each has a checkpoint of its own."""
+    plain = search()
+    slow = dataclasses.replace(plain, finetune=dataclasses.replace(RECIPE, lr=1e-4))
+    first, second = runs.collect([plain, slow])
+    assert first["metrics"]["architecture"] == second["metrics"]["architecture"]
+    assert first["history"] != second["history"]
+
+
 def test_reference_gives_what_there_is():
     assert runs.collect([run()], "reference") == []
     with pytest.raises(FileNotFoundError, match="no weights"):
