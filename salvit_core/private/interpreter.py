@@ -4,14 +4,13 @@ import hashlib
 import time
 from types import ModuleType
 
-import crypten
 import crypten.communicator as comm
 import torch
 from torch import fx
 
 from ..graph import parameters_of
 
-SERVER, CLIENT = 0, 1
+SERVER, CLIENT, DEALER = 0, 1, 2
 
 
 def unsupported(graph: fx.GraphModule, protocol: ModuleType) -> list[str]:
@@ -43,7 +42,7 @@ def fingerprint(graph: fx.GraphModule) -> str:
 
 
 class SecretInterpreter(fx.Interpreter):
-    """Runs a graph on CrypTensors, counting seconds, rounds and bytes of every node.
+    """Runs a graph on secrets, counting seconds, rounds and bytes of every node.
 
     Args:
         graph: the traced model; its weights may be on the meta device at the client.
@@ -53,15 +52,23 @@ class SecretInterpreter(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, protocol: ModuleType):
         super().__init__(graph)
         self.protocol = protocol
-        self.secrets: dict[str, crypten.CrypTensor] = {}
+        self.secrets: dict[str, object] = {}
         self.rows: list[dict] = []
         self._mark = (0.0, 0, 0)
+        self._index = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self._recording = False
 
     def share_weights(self) -> None:
-        """Turn the server's weights into shares. No bytes travel: the server masks them with shared randomness."""
+        """Turn the server's weights into secrets, in the protocol's way."""
+        rank = comm.get().get_rank()
         for name, tensor in sorted(self.module.state_dict().items()):
-            value = tensor if comm.get().get_rank() == SERVER else torch.empty(tensor.shape)
-            self.secrets[name] = crypten.cryptensor(value, src=SERVER)
+            self.secrets[name] = self.protocol.secret(name, tensor, rank)
+
+    def record(self, images) -> None:
+        """Run the protocols on shapes alone, each node announced by its index, so that they can note their needs."""
+        self._recording = True
+        self.run(images)
+        self._recording = False
 
     def start(self) -> None:
         """Begin counting: both parties are ready and the clock starts."""
@@ -69,8 +76,11 @@ class SecretInterpreter(fx.Interpreter):
         comm.get().reset_communication_stats()
         self._mark = (time.perf_counter(), 0, 0)
 
-    def count(self, layer: str, kind: str) -> None:
-        """Charge all that happened since the last call to one layer and kind, so that the rows add up to the whole."""
+    def count(self, layer: str, kind: str, offline: tuple[float, int] = (0.0, 0)) -> None:
+        """Charge all that happened since the last call to one layer and kind, so that the rows add up to the whole.
+
+        `offline` is the dealer's part: seconds, which are among all that happened, and bytes, which come on top.
+        """
         seconds, rounds, moved = self._mark
         stats = comm.get().get_communication_stats()
         self._mark = (time.perf_counter(), stats["rounds"], stats["bytes"])
@@ -82,13 +92,28 @@ class SecretInterpreter(fx.Interpreter):
                 "rounds": int(self._mark[1] - rounds),
                 # CrypTen counts what a party sends and what it receives; openings are symmetric, so one way is half.
                 "bytes": int(self._mark[2] - moved) // 2,
+                "offline_seconds": offline[0],
+                "offline_bytes": offline[1],
             }
         )
 
+    def agree_on_offline(self) -> None:
+        """Take the server's word for how long dealing took: under TFP it deals, and the client merely waits for it."""
+        seconds = torch.tensor([row["offline_seconds"] for row in self.rows], dtype=torch.float64)
+        if comm.get().get_rank() == SERVER:
+            comm.get().send(seconds, CLIENT)
+        else:
+            for row, value in zip(self.rows, comm.get().recv(seconds, SERVER).tolist(), strict=True):
+                row["offline_seconds"] = min(value, row["seconds"])
+
     def run_node(self, node: fx.Node):
         """Run one node and charge it to its place in the network."""
+        if self._recording:
+            self.protocol.note(self._index[node])
+            return super().run_node(node)
+        self.protocol.supply(self._index[node])
         result = super().run_node(node)
-        self.count(node.meta["layer"], node.meta["kind"])
+        self.count(node.meta["layer"], node.meta["kind"], self.protocol.supplied())
         return result
 
     def call_module(self, target, args, kwargs):

@@ -83,6 +83,7 @@ def infer(
     provider: str = "TFP",
     timeout: float = 600.0,
     meet: str = "127.0.0.1:0",
+    bits: int | None = None,
 ) -> Result:
     """Run the whole network on secret shares, each party in an operating-system process of its own.
 
@@ -130,6 +131,7 @@ def infer(
             "dealer": [],
         }
         options = [f"--architecture={folder}/architecture.pt", f"--protocol={protocol}", f"--provider={provider}"]
+        options += [] if bits is None else [f"--bits={bits}"]
         roles = ROLES if provider == "TTP" else ROLES[:2]
         run_parties({role: options + inputs[role] for role in roles}, host, int(port), timeout, Path(folder))
         found = torch.load(client / "result.pt", weights_only=True)

@@ -30,12 +30,13 @@ import torch.distributed as dist
 from .. import __version__
 from ..cct import CCT, CCTConfig
 from ..graph import trace
-from . import stock
-from .interpreter import CLIENT, SERVER, SecretInterpreter, fingerprint
+from . import stock, tuned
+from .dealing import server_of_dealer
+from .interpreter import SecretInterpreter, fingerprint
 
 ROLES = ("server", "client", "dealer")
 PROVIDERS = ("TFP", "TTP")
-PROTOCOLS = {"stock": stock}
+PROTOCOLS = {"stock": stock, "tuned": tuned}
 
 
 class PartyError(Exception):
@@ -149,7 +150,7 @@ def agree(store: dist.TCPStore, role: str, terms: dict, deadline: float) -> dict
     differences = [
         f"{key}: {other} has {theirs[key]}, {role} has {terms[key]}"
         for other, theirs in everyone.items()
-        for key in ("version", "torch", "protocol", "provider", "architecture")
+        for key in ("version", "torch", "protocol", "provider", "bits", "architecture")
         if theirs[key] is not None and terms[key] is not None and theirs[key] != terms[key]
     ]
     # The server hosts the store: it may leave only when all have read what it holds.
@@ -189,7 +190,7 @@ def start_crypten(args: argparse.Namespace, store: dist.TCPStore) -> None:
     crypten.cfg.mpc.provider = args.provider
     crypten.cfg.communicator.verbose = True  # without it CrypTen counts neither rounds nor bytes
     if args.role == "dealer":
-        crypten.mpc.provider.TTPServer()
+        (server_of_dealer() if args.protocol == "tuned" else crypten.mpc.provider.TTPServer)()
     else:
         crypten.init()
 
@@ -203,6 +204,7 @@ def run(args: argparse.Namespace) -> None:
         "torch": torch.__version__.split("+")[0],
         "protocol": args.protocol,
         "provider": args.provider,
+        "bits": args.bits,
         "architecture": None,
         "shape": None,
     }
@@ -221,21 +223,17 @@ def run(args: argparse.Namespace) -> None:
     if args.role == "dealer":
         return
 
-    network = SecretInterpreter(graph, PROTOCOLS[args.protocol])
+    protocol, rank = PROTOCOLS[args.protocol], ROLES.index(args.role)
+    network = SecretInterpreter(protocol.rewrite(graph), protocol)
     with torch.no_grad(), crypten.no_grad():
         network.share_weights()
+        protocol.prepare(network, tuple(shape), rank, args.provider, args.bits)
         network.start()
         setup = time.monotonic() - began
-        # The client's images become shares without a byte sent: both parties draw the mask from a common seed.
-        secret = crypten.cryptensor(images if args.role == "client" else torch.empty(shape), src=CLIENT)
-        logits = network.run(secret)
-        # Not a reduce: gloo's would let the server add up, and so learn, part of the logits.
-        if args.role == "server":
-            comm.get().send(logits.share, CLIENT)
-        else:
-            share = logits.share + comm.get().recv(logits.share, SERVER)
-            clear = logits.encoder.decode(share)
+        logits = network.run(protocol.share_images(images if args.role == "client" else None, tuple(shape)))
+        clear = protocol.reveal_to_client(logits)
         network.count("head", "head")  # the logits' last exchange belongs to the head
+        network.agree_on_offline()
     if args.role == "client":
         facts = {"setup": setup, "threads": torch.get_num_threads(), "processor": platform.processor()}
         partial = args.result.with_suffix(".partial")
@@ -255,6 +253,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--result", type=Path, help="client: where to write logits and costs")
     parser.add_argument("--protocol", default="stock", choices=PROTOCOLS)
     parser.add_argument("--provider", default="TFP", choices=PROVIDERS)
+    parser.add_argument("--bits", type=int, help="fractional bits (default: the protocol's)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds until this party gives up")
     parser.add_argument("--listen", type=int, help="server: an inherited socket that already listens on --meet")
     parser.add_argument("--leash", action="store_true", help="end when standard input closes")

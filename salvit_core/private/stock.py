@@ -10,8 +10,10 @@ Shapes are those of the clear operation. Letters: B batch, H heads, N tokens, K 
 
 import math
 import operator
+import time
 
 import crypten
+import crypten.communicator as comm
 import torch
 from crypten.mpc import MPCTensor
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from ..attention.matmul import MatMul
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
+from .interpreter import CLIENT, SERVER
 
 # Where CrypTen's approximations hold to 1 %.
 RECIPROCAL = (2.0**-9, 24.0)  # ten Newton steps from 3 exp(1 - 2x) + 0.003
@@ -178,6 +181,71 @@ FUNCTIONS = {
     torch.add: operator.add,
     torch.cat: crypten.cat,
 }
+
+
+# What the interpreter asks of a table of protocols
+
+
+def rewrite(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph as it is."""
+    return graph
+
+
+_dealing = [0.0]  # seconds in the provider since `supply`
+
+
+def secret(name: str, tensor: torch.Tensor, rank: int) -> MPCTensor:
+    """A weight as shares. No bytes travel: the server masks it with shared randomness."""
+    return crypten.cryptensor(tensor if rank == SERVER else torch.empty(tensor.shape), src=SERVER)
+
+
+def prepare(network, shape: tuple, rank: int, provider: str, bits: int | None = None) -> None:
+    """Time the provider; CrypTen makes its triples when they are needed, so there is nothing to prepare.
+
+    Args:
+        network: the interpreter.
+        shape: of the images.
+        rank: of this party.
+        provider: "TFP" or "TTP".
+        bits: fractional bits; CrypTen's default, 16, where None.
+    """
+    if bits is not None:
+        crypten.cfg.encoder.precision_bits = bits
+    source = crypten.mpc.get_default_provider()
+    for name in ("generate_additive_triple", "square", "generate_binary_triple", "wrap_rng", "B2A_rng", "rand"):
+        setattr(source, name, _timed(getattr(source, name)))
+
+
+def _timed(function):
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        made = function(*args, **kwargs)
+        _dealing[0] += time.perf_counter() - start
+        return made
+
+    return call
+
+
+def supply(index: int) -> None:
+    """Nothing is dealt ahead: the provider's clock starts anew."""
+    _dealing[0] = 0.0
+
+
+def supplied() -> tuple[float, int]:
+    """Seconds in the provider since `supply`, and no bytes: CrypTen counts the dealer's with the others."""
+    return _dealing[0], 0
+
+
+def share_images(images: torch.Tensor | None, shape: tuple) -> MPCTensor:
+    """The client's images as shares, without a byte sent: both parties draw the mask from a common seed."""
+    return crypten.cryptensor(torch.empty(shape) if images is None else images, src=CLIENT)
+
+
+def reveal_to_client(logits: MPCTensor) -> torch.Tensor | None:
+    """The logits, at the client alone. Not a reduce: gloo's would let the server add up, and so learn, part of them."""
+    if comm.get().get_rank() == SERVER:
+        return comm.get().send(logits.share, CLIENT)
+    return logits.encoder.decode(logits.share + comm.get().recv(logits.share, SERVER))
 
 
 # What leaves its domain
