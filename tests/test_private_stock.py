@@ -130,7 +130,8 @@ def test_costs_at_paper_size():
 def test_operations_add_up(small_zoo):
     result, _ = small_zoo
     table = result.operations
-    assert list(table.columns) == ["layer", "kind", "seconds", "rounds", "bytes"]
+    assert list(table.columns)[:5] == ["layer", "kind", "seconds", "rounds", "bytes"]
+    assert set(table.columns[5:]) == {"serial_bytes", "offline_seconds", "offline_bytes"}
     assert result.rounds == table["rounds"].sum() and result.bytes == table["bytes"].sum()
     assert result.seconds == pytest.approx(table["seconds"].sum()) and (table["seconds"] >= 0).all()
 

@@ -110,6 +110,10 @@ class Dealing:
             return None
         return mine
 
+    def uniform(self) -> torch.Tensor:
+        """A word of this party's own, from the operating system's randomness."""
+        return torch.from_numpy(np.frombuffer(secrets.token_bytes(8), np.int64).copy())
+
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The mask B of a weight, fixed for the session; None at the client, which gets W - B instead."""
         drawn = self._draw(SERVER, shape)
@@ -176,7 +180,7 @@ def product(left: torch.Tensor, right: torch.Tensor, bits: int = 64) -> torch.Te
 
 
 def apply(operation: tuple, x: torch.Tensor, weight: torch.Tensor, bits: int = 64) -> torch.Tensor:
-    """`operation` of an activation and a weight in the ring: ("linear",), ("multiply",) or ("conv", k, stride, padding)."""
+    """An activation times a weight, in the ring: ("linear",), ("multiply",) or ("conv", kernel, stride, padding)."""
     if operation[0] == "multiply":
         return x * weight
     if operation[0] == "conv":
@@ -239,7 +243,7 @@ def quadratic(deal: Dealing, name: str, shape: tuple, part: tuple):
 
 
 def truncation(deal: Dealing, shape: tuple):
-    """For an exact truncation: a mask s of the client's share, a bit of the server's, and their product (see `tuned`)."""
+    """For `shares.truncate`: a mask s of the client's share, a bit of the server's, and their product."""
     count = math.prod(shape)
     s = deal.own(CLIENT, count)
     bit = deal.own(SERVER, -(-count // 64))
@@ -272,9 +276,7 @@ def chain(digits: int) -> list[list[tuple]]:
     Variables are ("equal", i) and ("less", i), i a digit, the highest digit last: x < y if x is less in digit i and
     equal in all above it, for some i. The highest digit's own "less" stands alone and is not among the terms.
     """
-    return [
-        [("equal", above) for above in range(digits - 1, i, -1)] + [("less", i)] for i in range(digits - 2, -1, -1)
-    ]
+    return [[("equal", above) for above in range(digits - 1, i, -1)] + [("less", i)] for i in range(digits - 2, -1, -1)]
 
 
 def subsets(digits: int) -> list[tuple]:

@@ -47,14 +47,16 @@ class SecretInterpreter(fx.Interpreter):
     Args:
         graph: the traced model; its weights may be on the meta device at the client.
         protocol: a module with the tables `MODULES` and `FUNCTIONS`.
+        keep: keep this party's share of every activation of the last run in `kept`, by node.
     """
 
-    def __init__(self, graph: fx.GraphModule, protocol: ModuleType):
+    def __init__(self, graph: fx.GraphModule, protocol: ModuleType, keep: bool = False):
         super().__init__(graph)
-        self.protocol = protocol
+        self.protocol, self.keep = protocol, keep
+        self.kept: dict[str, list] = {}
         self.secrets: dict[str, object] = {}
         self.rows: list[dict] = []
-        self._mark = (0.0, 0, 0)
+        self._mark = (0.0, 0, 0, 0)
         self._index = {node: i for i, node in enumerate(graph.graph.nodes)}
         self._recording = False
 
@@ -74,16 +76,18 @@ class SecretInterpreter(fx.Interpreter):
         """Begin counting: both parties are ready and the clock starts."""
         comm.get().barrier()
         comm.get().reset_communication_stats()
-        self._mark = (time.perf_counter(), 0, 0)
+        self.rows = []
+        self.protocol.reset()
+        self._mark = (time.perf_counter(), 0, 0, 0)
 
     def count(self, layer: str, kind: str, offline: tuple[float, int] = (0.0, 0)) -> None:
         """Charge all that happened since the last call to one layer and kind, so that the rows add up to the whole.
 
         `offline` is the dealer's part: seconds, which are among all that happened, and bytes, which come on top.
         """
-        seconds, rounds, moved = self._mark
+        seconds, rounds, moved, serial = self._mark
         stats = comm.get().get_communication_stats()
-        self._mark = (time.perf_counter(), stats["rounds"], stats["bytes"])
+        self._mark = (time.perf_counter(), stats["rounds"], stats["bytes"], self.protocol.serial_bytes(stats))
         self.rows.append(
             {
                 "layer": layer,
@@ -92,6 +96,7 @@ class SecretInterpreter(fx.Interpreter):
                 "rounds": int(self._mark[1] - rounds),
                 # CrypTen counts what a party sends and what it receives; openings are symmetric, so one way is half.
                 "bytes": int(self._mark[2] - moved) // 2,
+                "serial_bytes": int(self._mark[3] - serial),
                 "offline_seconds": offline[0],
                 "offline_bytes": offline[1],
             }
@@ -111,8 +116,10 @@ class SecretInterpreter(fx.Interpreter):
         if self._recording:
             self.protocol.note(self._index[node])
             return super().run_node(node)
-        self.protocol.supply(self._index[node])
+        self.protocol.supply(self._index[node], node)
         result = super().run_node(node)
+        if self.keep and node.op == "call_module" and (parts := self.protocol.parts(result)):
+            self.kept[node.name] = parts
         self.count(node.meta["layer"], node.meta["kind"], self.protocol.supplied())
         return result
 

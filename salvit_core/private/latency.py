@@ -38,6 +38,7 @@ def measure(run: LatencyRun) -> dict:
     result = infer(model, images, run.protocol, run.provider, timeout=1800)
     return {
         "seconds": result.seconds,
+        "offline_seconds": result.offline,
         "rounds": result.rounds,
         "bytes": result.bytes,
         "faithful": result.faithful,

@@ -12,7 +12,6 @@ architecture is public: a JSON file of a CCTConfig, or a graph written by `launc
 import argparse
 import json
 import os
-import platform
 import socket
 import sys
 import threading
@@ -33,6 +32,7 @@ from ..graph import trace
 from . import stock, tuned
 from .dealing import server_of_dealer
 from .interpreter import SecretInterpreter, fingerprint
+from .network import Link
 
 ROLES = ("server", "client", "dealer")
 PROVIDERS = ("TFP", "TTP")
@@ -150,7 +150,7 @@ def agree(store: dist.TCPStore, role: str, terms: dict, deadline: float) -> dict
     differences = [
         f"{key}: {other} has {theirs[key]}, {role} has {terms[key]}"
         for other, theirs in everyone.items()
-        for key in ("version", "torch", "protocol", "provider", "bits", "architecture")
+        for key in ("version", "torch", "protocol", "provider", "bits", "batch", "check", "architecture")
         if theirs[key] is not None and terms[key] is not None and theirs[key] != terms[key]
     ]
     # The server hosts the store: it may leave only when all have read what it holds.
@@ -205,6 +205,8 @@ def run(args: argparse.Namespace) -> None:
         "protocol": args.protocol,
         "provider": args.provider,
         "bits": args.bits,
+        "batch": args.batch,
+        "check": args.check,
         "architecture": None,
         "shape": None,
     }
@@ -224,23 +226,42 @@ def run(args: argparse.Namespace) -> None:
         return
 
     protocol, rank = PROTOCOLS[args.protocol], ROLES.index(args.role)
-    network = SecretInterpreter(protocol.rewrite(graph), protocol)
+    network = SecretInterpreter(protocol.rewrite(graph), protocol, keep=args.drift is not None)
+    size = args.batch or shape[0]
+    found = {"logits": [], "operations": [], "threads": torch.get_num_threads()}
     with torch.no_grad(), crypten.no_grad():
         network.share_weights()
-        protocol.prepare(network, tuple(shape), rank, args.provider, args.bits)
-        network.start()
-        setup = time.monotonic() - began
-        logits = network.run(protocol.share_images(images if args.role == "client" else None, tuple(shape)))
-        clear = protocol.reveal_to_client(logits)
-        network.count("head", "head")  # the logits' last exchange belongs to the head
-        network.agree_on_offline()
+        protocol.prepare(network, (size, *shape[1:]), rank, args)
+        for query, start in enumerate(range(0, shape[0], size)):
+            network.start()
+            found.setdefault("setup", time.monotonic() - began)
+            part = None
+            if args.role == "client":  # the last query is filled up: what the dealer supplies is for one shape
+                part = images[start : start + size]
+                part = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+            logits = network.run(protocol.share_images(part, (size, *shape[1:])))
+            clear = protocol.reveal_to_client(logits)
+            network.count("head", "head")  # the logits' last exchange belongs to the head
+            network.agree_on_offline()
+            if args.role == "client":
+                found["logits"].append(clear[: shape[0] - start])
+                found["operations"] += [{"query": query, **row} for row in network.rows]
+                _save({**found, "logits": torch.cat(found["logits"])}, args.result)
+        found["violations"] = protocol.violations()
     if args.role == "client":
-        facts = {"setup": setup, "threads": torch.get_num_threads(), "processor": platform.processor()}
-        partial = args.result.with_suffix(".partial")
-        torch.save({"logits": clear, "operations": network.rows, **facts}, partial)
-        partial.replace(args.result)
+        _save({**found, "logits": torch.cat(found["logits"])}, args.result)
+    if args.drift is not None:
+        _save(network.kept, args.drift)
+    if args.audit is not None:
+        _save(protocol.session.audit, args.audit)
     comm.get().barrier()
     crypten.uninit()
+
+
+def _save(what, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(what, partial)
+    partial.replace(path)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -254,6 +275,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", default="stock", choices=PROTOCOLS)
     parser.add_argument("--provider", default="TFP", choices=PROVIDERS)
     parser.add_argument("--bits", type=int, help="fractional bits (default: the protocol's)")
+    parser.add_argument("--batch", type=int, help="images in a query (default: all)")
+    parser.add_argument("--link", type=_link, metavar="RTT,BANDWIDTH", help="delay messages: seconds, bytes per second")
+    parser.add_argument("--check", action="store_true", help="find values out of range; opens a flag each")
+    parser.add_argument("--audit", type=Path, help="write all messages that this party receives here")
+    parser.add_argument("--drift", type=Path, help="write this party's share of every activation here")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds until this party gives up")
     parser.add_argument("--listen", type=int, help="server: an inherited socket that already listens on --meet")
     parser.add_argument("--leash", action="store_true", help="end when standard input closes")
@@ -267,6 +293,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--meet {args.meet!r}: expected HOST:PORT, such as 127.0.0.1:29500")
     args.host, args.port = host, int(port)
     return args
+
+
+def _link(text: str) -> Link:
+    return Link(*map(float, text.split(",")))
 
 
 def _leash() -> None:

@@ -199,21 +199,32 @@ def secret(name: str, tensor: torch.Tensor, rank: int) -> MPCTensor:
     return crypten.cryptensor(tensor if rank == SERVER else torch.empty(tensor.shape), src=SERVER)
 
 
-def prepare(network, shape: tuple, rank: int, provider: str, bits: int | None = None) -> None:
+def prepare(network, shape: tuple, rank: int, options) -> None:
     """Time the provider; CrypTen makes its triples when they are needed, so there is nothing to prepare.
 
     Args:
         network: the interpreter.
-        shape: of the images.
+        shape: of a query's images.
         rank: of this party.
-        provider: "TFP" or "TTP".
-        bits: fractional bits; CrypTen's default, 16, where None.
+        options: the party's command line.
     """
-    if bits is not None:
-        crypten.cfg.encoder.precision_bits = bits
+    if options.link is not None:
+        link = options.link
+        for name in ("all_reduce", "recv"):  # what CrypTen opens values with, and the logits' way
+            setattr(comm.get(), name, _delayed(getattr(comm.get(), name), link))
     source = crypten.mpc.get_default_provider()
-    for name in ("generate_additive_triple", "square", "generate_binary_triple", "wrap_rng", "B2A_rng", "rand"):
+    for name in ("generate_additive_triple", "square", "generate_binary_triple", "wrap_rng", "B2A_rng"):
         setattr(source, name, _timed(getattr(source, name)))
+
+
+def _delayed(function, link):
+    def call(tensor, *args, **kwargs):
+        received = function(tensor, *args, **kwargs)
+        parts = tensor if isinstance(tensor, (list, tuple)) else [tensor]
+        link.wait(sum(part.nelement() * 8 for part in parts))
+        return received
+
+    return call
 
 
 def _timed(function):
@@ -226,7 +237,26 @@ def _timed(function):
     return call
 
 
-def supply(index: int) -> None:
+def reset() -> None:
+    """Nothing is counted beside what CrypTen counts."""
+
+
+def serial_bytes(stats: dict) -> float:
+    """Bytes that follow one another on the way: one way, since every exchange goes both ways at once."""
+    return stats["bytes"] / 2
+
+
+def violations() -> list[str]:
+    """Stock checks nothing on shares."""
+    return []
+
+
+def parts(value) -> list[tuple] | None:
+    """This party's share of an activation with its fractional bits, as a list of factors."""
+    return [(value.share, crypten.cfg.encoder.precision_bits)] if isinstance(value, MPCTensor) else None
+
+
+def supply(index: int, node) -> None:
     """Nothing is dealt ahead: the provider's clock starts anew."""
     _dealing[0] = 0.0
 
@@ -251,7 +281,8 @@ def reveal_to_client(logits: MPCTensor) -> torch.Tensor | None:
 # What leaves its domain
 
 
-def _outside(what: str, values: torch.Tensor, domain: tuple[float, float]) -> str | None:
+def outside(what: str, values: torch.Tensor, domain: tuple[float, float]) -> str | None:
+    """How values leave a closed interval, in words, or None."""
     low, high = values.min().item(), values.max().item()
     if domain[0] <= low and high <= domain[1]:
         return None
@@ -260,34 +291,34 @@ def _outside(what: str, values: torch.Tensor, domain: tuple[float, float]) -> st
 
 def _softmax_domain(module: Softmax, scores: torch.Tensor) -> str | None:
     shifted = scores - scores.amax(module.dim, keepdim=True)
-    return _outside("exponents", shifted, EXPONENT) or _outside(
+    return outside("exponents", shifted, EXPONENT) or outside(
         "reciprocals of row sums", shifted.exp().sum(module.dim), RECIPROCAL
     )
 
 
 def _two_quad_domain(module: TwoQuad, scores: torch.Tensor) -> str | None:
-    return _outside("reciprocals of row sums", (scores + module.c).square().sum(module.dim), RECIPROCAL)
+    return outside("reciprocals of row sums", (scores + module.c).square().sum(module.dim), RECIPROCAL)
 
 
 def _two_relu_domain(module: TwoReLU, scores: torch.Tensor) -> str | None:
-    return _outside("reciprocals of row sums", scores.relu().sum(module.dim) + module.eps, RECIPROCAL)
+    return outside("reciprocals of row sums", scores.relu().sum(module.dim) + module.eps, RECIPROCAL)
 
 
 def _l2q_domain(module: L2Q, scores: torch.Tensor) -> str | None:
     sums = (module.d * scores + module.c).square().sum(module.dim) + module.eps
-    return _outside("reciprocals of row sums", sums, RECIPROCAL)
+    return outside("reciprocals of row sums", sums, RECIPROCAL)
 
 
 def _l1_domain(module: L1, weights: torch.Tensor) -> str | None:
-    return _outside("reciprocals of row sums", weights.sum(module.dim), RECIPROCAL)
+    return outside("reciprocals of row sums", weights.sum(module.dim), RECIPROCAL)
 
 
 def _layer_norm_domain(module: nn.LayerNorm, x: torch.Tensor) -> str | None:
-    return _outside("inverse roots of variances", x.var(-1, unbiased=False) + module.eps, INVERSE_ROOT)
+    return outside("inverse roots of variances", x.var(-1, unbiased=False) + module.eps, INVERSE_ROOT)
 
 
 def _gelu_domain(module: nn.GELU, x: torch.Tensor) -> str | None:
-    return _outside("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
+    return outside("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
 
 
 DOMAINS = {

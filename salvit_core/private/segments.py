@@ -1,0 +1,261 @@
+"""Comparisons and curves on shares: piecewise polynomials with public knots, and powers of positive numbers.
+
+A value is opened masked, once. The digits of the public result are looked up in secret truth tables (Ishai et al., "On
+the power of correlated randomness in secure computation", 2013), joined to one bit per knot by products of several bits
+in one round (ABY2.0, Patra et al., 2021, Section 3.2), and that bit and the powers of the mask give the polynomial of
+the value's segment without opening anything else.
+
+Letters in costs: n elements, J knots, k digits, p degree; a word is 64 bits, and words are counted as those a party
+sends and receives, halved, like the bytes in a record. A round is one message or one exchange.
+"""
+
+import functools
+import math
+import operator
+
+import numpy as np
+import torch
+
+from .dealing import DIGIT, chain, pack, subsets, unpack, variables
+from .shares import Share, session, truncate
+
+WINDOW_DIGITS = 4  # of a comparison: 16 bits
+
+
+def _signed(value: int) -> int:
+    """An integer mod 2^64 as int64 has it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+class Polynomials:
+    """Public knots and one integer polynomial per segment, in the raw units of its input.
+
+    Args:
+        knots: where segments meet, ascending, in units of the input's value.
+        pieces: for every segment a centre and coefficients, lowest first, in powers of (x - centre).
+        bits: fractional bits of the input.
+        extra: fractional bits of the coefficients.
+    """
+
+    def __init__(self, knots: list[float], pieces: list[tuple[float, list[float]]], bits: int, extra: int):
+        self.degree = len(pieces[0][1]) - 1
+        self.knots = [round(knot * 2.0**bits) for knot in knots]
+        self.bits = extra + bits * self.degree
+        whole = []
+        for centre, coefficients in pieces:
+            middle, sums = round(centre * 2.0**bits), [0] * (self.degree + 1)
+            for i, c in enumerate(coefficients):
+                c = round(c * 2.0**extra) << bits * (self.degree - i)
+                for m in range(i + 1):  # (x - middle)^i
+                    sums[m] += c * math.comb(i, m) * (-middle) ** (i - m)
+            whole.append(sums)
+        self.base = [_signed(c) for c in whole[0]]
+        self.steps = [[_signed(b - a) for a, b in zip(*pair, strict=True)] for pair in zip(whole, whole[1:])]
+
+
+def fitted(function, edges: list[float], degree: int) -> list[tuple[float, list[float]]]:
+    """Near-minimax polynomials between edges: interpolation at Chebyshev's nodes, as (centre, coefficients) each."""
+    pieces = []
+    for low, high in zip(edges, edges[1:]):
+        series = np.polynomial.Chebyshev.interpolate(function, degree, [low, high])
+        centre = (low + high) / 2
+        shifted = np.polynomial.Chebyshev(series.coef, [low - centre, high - centre])
+        plain = shifted.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+        pieces.append((centre, [*plain, *[0.0] * (degree + 1 - len(plain))]))
+    return pieces
+
+
+def _segments(x: torch.Tensor, knots: list[int], low: int, digits: int, supply: tuple):
+    """For flat x and each knot: whether x is at or above it, as a masked public bit and the dealer's supply.
+
+    Bits below `low` are ignored; x and its differences to the knots lie within 2^(low + 4 digits - 1). Three rounds:
+    n words, then J (2 k - 2) n bits, two per digit but for the ends, then J n bits.
+    """
+    r, table, masks, products, bit, powers, chosen = supply
+    count = x.numel()
+    (e,) = session.reveal(x - r)
+    if session.recording:
+        window = torch.empty(len(knots), count, dtype=torch.int32, device="meta")
+        table = torch.empty(digits, count, dtype=torch.int32, device="meta")
+    else:
+        table = table.view(torch.int32)[: digits * count].view(digits, 1, count)
+        # int32 is enough for up to 8 digits, and half the memory of int64.
+        window = (e >> low).int() - torch.tensor([_narrow(knot >> low) for knot in knots], dtype=torch.int32)[:, None]
+    less, equal = [], []
+    for i in range(digits):
+        found = table[i] >> (window >> (DIGIT * i) & (2**DIGIT - 1))
+        less.append((found & 1).to(torch.uint8))
+        equal.append((found >> 16 & 1).to(torch.uint8) if i else None)
+    names = variables(digits)
+    local = pack(torch.stack([{"less": less, "equal": equal}[kind][i] for kind, i in names]))
+    public = dict(zip(names, session.reveal_bits(local ^ masks), strict=True))
+    # At least the knot: not below, so the sign flipped.
+    result = pack(less[-1])
+    result = ~result if session.serving else result
+    place = _places(digits)
+    for term in chain(digits):
+        for subset, rest in _partitions(tuple(term)):
+            if not subset:
+                part = functools.reduce(operator.and_, [public[name] for name in rest])
+                result = result ^ part if session.serving else result
+                continue
+            share = masks[names.index(subset[0])] if len(subset) == 1 else products[place[subset]]
+            for name in rest:
+                share = share & public[name]
+            result = result ^ share
+    gamma = unpack(session.reveal_bits(result ^ bit), count)  # (J, n)
+    return e, r, powers, chosen, gamma
+
+
+def _narrow(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+@functools.cache
+def _places(digits: int) -> dict:
+    return {chosen: i for i, chosen in enumerate(subsets(digits))}
+
+
+@functools.cache
+def _partitions(term: tuple) -> list[tuple[tuple, tuple]]:
+    """Every way to part the variables of a term: those taken as masks, those taken as public."""
+    ways = []
+    for chosen in range(1 << len(term)):
+        ways.append((
+            tuple(v for i, v in enumerate(term) if chosen >> i & 1),
+            tuple(v for i, v in enumerate(term) if not chosen >> i & 1),
+        ))  # fmt: skip
+    return ways
+
+
+def _evaluate(pieces: Polynomials, e: torch.Tensor, r: torch.Tensor, powers: list, chosen: list, gamma: torch.Tensor):
+    """The piecewise polynomial of x = e + r, e public: sum over i of e^i times shares that are linear in the supply."""
+    sign = 1 - 2 * gamma
+    degree = pieces.degree
+    shares = [None, r, *powers]  # of r^m; r^0 is public
+    steps = []
+    for m in range(degree + 1):  # shares of (x at or above the knot) r^m
+        plain = gamma if m == 0 else gamma * shares[m]
+        step = sign * chosen[m]
+        steps.append(step + plain if m > 0 or session.serving else step)
+    y = None
+    for k in range(degree, -1, -1):
+        inner = torch.zeros_like(e)
+        for m in range(degree - k + 1):
+            times = math.comb(k + m, m)
+            if base := _signed(pieces.base[k + m] * times):
+                if m > 0:
+                    inner.add_(shares[m], alpha=base)
+                elif session.serving:
+                    inner.add_(base)
+            for j, step in enumerate(pieces.steps):
+                if alpha := _signed(step[k + m] * times):
+                    inner.add_(steps[m][j], alpha=alpha)
+        y = inner if y is None else y.mul_(e).add_(inner)
+    return y
+
+
+def piecewise(x: Share, pieces: Polynomials, low: int, digits: int = WINDOW_DIGITS) -> Share:
+    """A piecewise polynomial of every element. Three rounds; n words and J (2 k - 1) n bits."""
+    count, room = x.data.numel(), 1 << (low + DIGIT * digits - 1)
+    # A difference to a knot, too, must stay within the window.
+    _check(x.data, max(pieces.knots) - room, min(pieces.knots) + room)
+    supply = session.correlation("comparison", count, len(pieces.knots), pieces.degree, digits, low)
+    found = _segments(x.data.reshape(-1), pieces.knots, low, digits, supply)
+    return Share(_evaluate(pieces, *found).view(x.shape), pieces.bits)
+
+
+_RELU = Polynomials([0.0], [(0.0, [0.0, 0.0]), (0.0, [0.0, 1.0])], 0, 0)
+
+
+def _check(x: torch.Tensor, low: int, high: int) -> None:
+    """In checked mode: note this node if some entry of x, in raw units, is outside [low, high).
+
+    Opens one number, a random multiple of how many entries are outside: zero or not. Entries may be beyond the range by
+    a factor of about 2^10; what is farther off may pass unseen.
+    """
+    if not session.check:
+        return
+    flat = x.reshape(-1)
+    step = max(0, max(abs(low), abs(high)).bit_length() - 21)
+    pieces = Polynomials([float(low), float(high)], [(0.0, [1.0]), (0.0, [0.0]), (0.0, [1.0])], 0, 0)
+    supply = session.correlation("comparison", flat.numel(), 2, 0, 8, step)
+    beyond = _evaluate(pieces, *_segments(flat, pieces.knots, step, 8, supply)).sum().reshape(1)
+    times = session.correlation("multiply", (1,), (1,), (1,))
+    random = Share(times[0] if session.recording else session.dealing.uniform(), 0)
+    a, b, share = times
+    e, f = session.reveal(beyond - a, random.data - b)
+    (flag,) = session.reveal(e * (b + f if session.serving else b) + a * f + share)
+    if not session.recording and flag.item() != 0:
+        session.violations[session.place] = True
+
+
+def positive_part(x: Share, resolution: int) -> Share:
+    """max(x, 0) for |x| below 2^(15 - resolution); within 2^-resolution. Three rounds; n words and 7 n bits."""
+    low = max(0, x.bits - resolution)
+    return Share(piecewise(Share(x.data, 0), _RELU, low).data, x.bits)
+
+
+def maximum(x: Share, y: Share, resolution: int) -> Share:
+    """The larger of two, within 2^-resolution, for |x - y| below 2^(15 - resolution). Three rounds."""
+    return y + positive_part(x - y, resolution)
+
+
+# Powers of positive numbers
+
+
+@functools.cache
+def _scaling(octaves: tuple[int, int], bits: int) -> Polynomials:
+    """X times the power of two that takes it to [2^(high - 1), 2^high), knots at every quarter octave."""
+    low, high = octaves
+    knots = [2.0 ** (low + j / 4 + bits) for j in range(1, 4 * (high - low))]
+    pieces = [(0.0, [0.0, 2.0 ** (high - low - 1 - j // 4)]) for j in range(4 * (high - low))]
+    return Polynomials(knots, pieces, 0, 0)
+
+
+@functools.cache
+def _curves(octaves: tuple[int, int], exponent: float, factor: float, bits: int, extra: int) -> Polynomials:
+    """Factor x^exponent from the scaled v, one quadratic per quarter octave."""
+    low, high = octaves
+    pieces = []
+    for j in range(4 * (high - low)):
+        scale = factor * 2.0 ** (exponent * (low + j // 4))
+        edges = [2.0 ** (j % 4 / 4), 2.0 ** ((j % 4 + 1) / 4)]
+        pieces += fitted(lambda v: scale * v**exponent, edges, 2)  # noqa: B023  called at once
+    return Polynomials([0.0] * (len(pieces) - 1), pieces, bits, extra)
+
+
+def power(
+    x: Share, exponent: float, octaves: tuple[int, int], factor: float = 1.0, extra: int = 0, nonzero: bool = True
+) -> Share:
+    """Factor x^exponent for x from 2^low to 2^high, to about 5e-4 of its value; below 2^low it follows the last curve.
+
+    Three rounds find x's quarter octave and multiply x by a secret power of two into [1, 2), two truncate, one
+    evaluates the quarter's quadratic. With J = 4 (high - low) - 1 and k digits: 2.5 n words and J (2 k - 1) n bits. The
+    idea of scaling by a secret power of two is that of Catrina and Saxena (2010, Section 3.4).
+
+    Args:
+        x: positive.
+        exponent: -1 or -0.5.
+        octaves: low and high.
+        factor: a public number.
+        extra: fractional bits of the result beyond `session.bits` + 1.
+        nonzero: whether a value below 2^low is out of range; zeros may be meant.
+    """
+    low, high = octaves
+    if x.bits + low < 4:
+        x = x.to(4 - low)
+    lowest = x.bits + low - 4
+    digits = -(-(high + x.bits + 2 - lowest) // DIGIT)
+    count = x.data.numel()
+    _check(x.data, round(2.0 ** (low + x.bits)) if nonzero else 0, round(2.0 ** (high + x.bits)))
+    scaling = _scaling(octaves, x.bits)
+    first, (r2, powers2, chosen2) = session.correlation("power", count, len(scaling.knots), digits, lowest, 2)
+    *found, gamma = _segments(x.data.reshape(-1), scaling.knots, lowest, digits, first)
+    v = Share(_evaluate(scaling, *found, gamma), high - 1 + x.bits)
+    bits = min(session.bits - 2, 14)
+    v = truncate(v, bits)
+    (e,) = session.reveal(v.data - r2)
+    curves = _curves(octaves, exponent, factor, bits, session.bits + 1 + extra)
+    y = Share(_evaluate(curves, e, r2, powers2, chosen2, gamma).view(x.shape), curves.bits)
+    return y.to(session.bits + 1 + extra)
