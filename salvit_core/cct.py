@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from .activations import ACTIVATIONS
 from .attention import ATTENTION
 from .attention.headwise import HeadwiseAttention
 from .attention.matmul import MatMul
@@ -41,6 +42,7 @@ class CCTConfig:
     mlp_ratio: float = 2.0
     attention: str | tuple[str | tuple[str, ...], ...] = "self"
     normalizer: str = "softmax"
+    activation: str = "gelu"  # of the MLP
     memory: int = 64  # S, slots of external attention
     l2q_granularity: str = "element"
     l2q_learn_c: bool = True
@@ -64,6 +66,8 @@ class CCTConfig:
             raise ValueError(f"attention names {len(names)} layers, the network has {self.layers}: give one per layer")
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer {self.normalizer!r} is unknown: choose from {', '.join(NORMALIZERS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is unknown: choose from {', '.join(ACTIVATIONS)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads: choose one that is")
         if self.tokens < 1:
@@ -199,7 +203,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential()
         self.mlp.expand = nn.Linear(config.width, hidden)
-        self.mlp.activation = nn.GELU()
+        self.mlp.activation = ACTIVATIONS[config.activation](hidden)
         self.mlp.contract = nn.Linear(hidden, config.width)
         self.drop = StochasticDepth(drop)
 

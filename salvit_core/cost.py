@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from .activations import LearnedQuad, Quad
 from .attention.matmul import MatMul
 from .graph import KINDS, trace
 from .normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -71,6 +72,8 @@ _PER_ELEMENT = {
     L1: 0,
     nn.LayerNorm: 2,
     nn.GELU: 1,
+    Quad: 4,  # Horner: two products, two sums
+    LearnedQuad: 4,
     nn.ReLU: 1,
     MatMul: 0,
 }

@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from torch import fx, nn
 
+from .activations import LearnedQuad, Quad
 from .attention.matmul import MatMul
 from .cct import StochasticDepth
 from .normalizers import Normalizer
@@ -45,7 +46,8 @@ _KIND_OF_NAME = {
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (Normalizer, MatMul, StochasticDepth)) or super().is_leaf_module(module, name)
+        whole = (Normalizer, MatMul, StochasticDepth, Quad, LearnedQuad)
+        return isinstance(module, whole) or super().is_leaf_module(module, name)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

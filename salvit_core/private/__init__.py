@@ -4,6 +4,8 @@ from .. import compat
 
 compat.repair()  # before anything imports crypten
 
+from .evaluate import EvaluationRun, evaluate  # noqa: E402
 from .launch import PrivateInferenceError, Result, infer  # noqa: E402
+from .network import LINKS, Link  # noqa: E402
 
-__all__ = ["PrivateInferenceError", "Result", "infer"]
+__all__ = ["LINKS", "EvaluationRun", "Link", "PrivateInferenceError", "Result", "evaluate", "infer"]

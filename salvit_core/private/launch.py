@@ -51,6 +51,7 @@ class Result:
         violations: operations whose inputs leave the domain of their protocol, each with the values and the domain.
         setup: seconds from the client's start to the first secret image.
         threads: threads per party.
+        queries: the operations of every query by itself, with its number in column query.
         drift: where asked for, one row per module's result: node, layer, kind, error (largest difference to the clear
             result) and scale (its largest absolute value).
     """
@@ -61,6 +62,7 @@ class Result:
     violations: list[str]
     setup: float
     threads: int
+    queries: pd.DataFrame
     drift: pd.DataFrame | None = None
 
     @property
@@ -178,12 +180,12 @@ def infer(
         found = torch.load(client / "result.pt", weights_only=True)
         table = _drift(graph, images, protocol, folder) if drift else None
 
-    rows = pd.DataFrame(found["operations"]).drop(columns="query")
-    rows = rows.groupby(["layer", "kind"], sort=False).sum().reset_index()
+    queries = pd.DataFrame(found["operations"]).groupby(["query", "layer", "kind"], sort=False).sum().reset_index()
+    rows = queries.drop(columns="query").groupby(["layer", "kind"], sort=False).sum().reset_index()
     rows["kind"] = pd.Categorical(rows["kind"], KINDS)
     error = float((found["logits"] - clear).abs().max())
     violations += [f"{place}: values left the protocol's range (seen on shares)" for place in found["violations"]]
-    return Result(found["logits"], rows, error, violations, found["setup"], found["threads"], table)
+    return Result(found["logits"], rows, error, violations, found["setup"], found["threads"], queries, table)
 
 
 def _reporting(path: Path, progress: Callable[[dict], None]) -> Callable[[], None]:

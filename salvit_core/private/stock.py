@@ -18,6 +18,7 @@ import torch
 from crypten.mpc import MPCTensor
 from torch import nn
 
+from ..activations import LearnedQuad, Quad
 from ..attention.matmul import MatMul
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -68,6 +69,17 @@ def max_pool2d(module: nn.MaxPool2d, secret: Secrets, x: MPCTensor) -> MPCTensor
 def gelu(module: nn.GELU, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """x/2 (1 + erf(x / sqrt 2)) with CrypTen's erf, a Taylor series of eight terms."""
     return x * (x.mul(math.sqrt(0.5)).erf() + 1).mul(0.5)
+
+
+def quad(module: Quad, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """The quadratic with public coefficients: one square."""
+    a, b, c = module.coefficients
+    return x.square() * a + x * b + c
+
+
+def learned_quad(module: LearnedQuad, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """The quadratic with the server's coefficients, after Horner: two products."""
+    return (x * secret["a"] + secret["b"]) * x + secret["c"]
 
 
 def layer_norm(module: nn.LayerNorm, secret: Secrets, x: MPCTensor) -> MPCTensor:
@@ -131,6 +143,8 @@ MODULES = {
     nn.ReLU: relu,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
+    Quad: quad,
+    LearnedQuad: learned_quad,
     nn.LayerNorm: layer_norm,
     Softmax: softmax,
     TwoQuad: two_quad,

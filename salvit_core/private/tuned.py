@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
+from ..activations import LearnedQuad, Quad
 from ..attention.matmul import MatMul
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -134,6 +135,30 @@ def gelu(module: nn.GELU, secret: dict, x: Share) -> Share:
     return truncate(piecewise(x, _gelu(bits), max(0, bits - 9)), session.bits)
 
 
+def _square(x: Share) -> Share:
+    """x^2. One round; n words."""
+    r, share = session.correlation("square", tuple(x.shape))
+    (e,) = session.reveal(x.data - r)
+    y = 2 * e * r + share
+    return Share(y + e * e if session.serving else y, 2 * x.bits)
+
+
+def quad(module: Quad, secret: dict, x: Share) -> Share:
+    """(x^2 + 2 x + 1) / 8 + 3 / 8, for |x| below 2^8. One round; n words."""
+    a, b, c = module.coefficients
+    shift = b / (2 * a)
+    y = scaled(_square(x.settle().to(session.bits - 2) + shift), a).to(session.bits)
+    return y + (c - a * shift * shift)
+
+
+def learned_quad(module: LearnedQuad, secret: dict, x: Share) -> Share:
+    """The quadratic with the server's coefficients. Three rounds; 1.5 n words."""
+    x = x.settle().to(session.bits - 1)
+    values = [secret[name] for name in "abc"]
+    y = _quadratic(values[0].name, x, values[0].shape, lambda: [value.value for value in values], session.bits)
+    return truncate(y, session.bits)
+
+
 def layer_norm(module: nn.LayerNorm, secret: dict, x: Share) -> Share:
     """(x - mean) / sqrt(variance + eps), scaled and shifted, for a variance from 2^-12 to 2^8.
 
@@ -207,13 +232,9 @@ def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
 
 def two_quad(module: TwoQuad, secret: dict, scores: Share) -> Share:
     """(a + c)^2 over its sum; squares are scaled by 1 / (32 K), so that sums stay near one. n words and one per row."""
-    x = scores.settle().to(session.bits - 2) + module.c
-    r, share = session.correlation("square", tuple(x.shape))
-    (e,) = session.reveal(x.data - r)
-    y = 2 * e * r + share
-    y = y + e * e if session.serving else y
+    y = _square(scores.settle().to(session.bits - 2) + module.c)
     down = 5 + _log2(scores.shape[module.dim])
-    return _normalised(Share(y, 2 * x.bits + down).to(session.bits + 7), module.dim, ROW_SUM)
+    return _normalised(Share(y.data, y.bits + down).to(session.bits + 7), module.dim, ROW_SUM)
 
 
 def two_relu(module: TwoReLU, secret: dict, scores: Share) -> Share:
@@ -229,37 +250,53 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     """(d a + c)^2 over its sum, from one opening of a and without a truncation in between.
 
     With P = d^2, Q = 2 d c and R = c^2, all the server's, the square is P a^2 + Q a + R. One round and n words, and
-    those of the sums' reciprocals. The server scales (d, c) so
-    that the sum is near one where a is near one: L2Q does not change when both are scaled.
-    Its eps, 2^-14, is left out: it would move a weight by that part of itself.
+    those of the sums' reciprocals. The server scales (d, c) so that the sum is near one where a is near one: L2Q does
+    not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself.
     """
     x = scores.settle().to(session.bits - 4)
-    down, size = _log2(scores.shape[module.dim]), session.bits - 1
+    down = _log2(scores.shape[module.dim])
     pair = [secret.get(name) for name in "dc"]
     shape = torch.broadcast_shapes(*(value.shape for value in pair if value is not None), ())
     name = next((value.name for value in pair if value is not None), "").rpartition(".")[0] or "fixed"
     name = f"{name} of {'x'.join(map(str, scores.shape[1:]))}" if name == "fixed" else name
 
-    def integers(which: str, more: int) -> torch.Tensor:
+    def coefficients() -> list[torch.Tensor]:
         d, c = (
             torch.as_tensor(fixed if value is None else value.value, dtype=torch.float64)
             for value, fixed in zip(pair, (module.d, module.c), strict=True)
         )
         scale = 1 / (d.square().mean() + c.square().mean())
-        whole = {"p": d * d, "q": 2 * d * c, "r": c * c}[which].expand(shape) * scale
-        return (whole * 2.0 ** (size + more)).round().long()
+        return [d * d * scale, 2 * d * c * scale, c * c * scale]
 
-    bits = size + down  # of P; the sum of K such terms is near one once they are divided by K
+    y = _quadratic(name, x, shape, coefficients, session.bits - 1)
+    # The sum of K such squares is near one once they are divided by K.
+    return _normalised(Share(y.data, y.bits + down).to(session.bits + 7), module.dim, ROW_SUM)
+
+
+def _quadratic(name: str, x: Share, shape: tuple, coefficients, bits: int) -> Share:
+    """P x^2 + Q x + R with P, Q and R known to the server. One round; n words.
+
+    Args:
+        name: of the weights, unique in the network.
+        x: (..., *shape) or broadcast with it.
+        shape: of P, Q and R.
+        coefficients: gives P, Q and R; called at the server only.
+        bits: fractional bits of P.
+    """
+
+    def integers(which: int) -> torch.Tensor:
+        return (coefficients()[which].expand(shape) * 2.0 ** (bits + which * x.bits)).round().long()
+
     p, q = (
-        session.known(f"{name}.{which}", tuple(shape), lambda which=which, more=more: integers(which, more))
-        for which, more in (("p", 0), ("q", x.bits))
+        session.known(f"{name}.{letter}", tuple(shape), functools.partial(integers, which))
+        for which, letter in enumerate("pq")
     )
     r, pr, rest = session.correlation("quadratic", name, tuple(x.shape), tuple(shape))
     (e,) = session.reveal(x.data - r)
     y = 2 * e * pr + rest
     if session.serving and not session.recording:
-        y += (p * e + q) * e + integers("r", 2 * x.bits)
-    return _normalised(Share(y, bits + 2 * x.bits).to(session.bits + 7), module.dim, ROW_SUM)
+        y += (p * e + q) * e + integers(2)
+    return Share(y, bits + 2 * x.bits)
 
 
 def scaling(module: Scaling, secret: dict, scores: Share) -> Share:
@@ -279,6 +316,8 @@ MODULES = {
     nn.ReLU: relu,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
+    Quad: quad,
+    LearnedQuad: learned_quad,
     nn.LayerNorm: layer_norm,
     Softmax: softmax,
     TwoQuad: two_quad,

@@ -1,0 +1,167 @@
+"""Encrypted accuracy: a trained network on shares, image by image, beside itself in the clear."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import data as datasets
+from .. import records, runs
+from ..runs import SearchRun, TrainRun
+from .launch import infer
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One trained network evaluated on shares.
+
+    Attributes:
+        trained: the run that trained it.
+        n: test images.
+        batch: images in a query.
+        protocol: as in `infer`.
+        provider: as in `infer`.
+        bits: as in `infer`.
+    """
+
+    trained: TrainRun | SearchRun
+    n: int = 256
+    batch: int = 8
+    protocol: str = "tuned"
+    provider: str = "TFP"
+    bits: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: datasets.Data,
+    protocol: str = "tuned",
+    n: int = 256,
+    batch: int = 8,
+    provider: str = "TFP",
+    bits: int | None = None,
+    folder: Path | None = None,
+    label: str = "queries",
+) -> dict:
+    """Top-1 accuracy on shares beside that in the clear, on n test images drawn without replacement with seed 0.
+
+    All queries are of one session: the weights are masked once, the activations of each query anew.
+
+    Args:
+        model: the trained network.
+        dataset: the images; its test split is used.
+        protocol: as in `infer`.
+        n: number of images.
+        batch: images in a query.
+        provider: as in `infer`.
+        bits: as in `infer`.
+        folder: where finished queries are kept, so that a killed evaluation goes on where it was; None to keep nothing.
+        label: what the progress bar says.
+
+    Returns:
+        clear_accuracy and private_accuracy (%), agreement (%, same top-1), largest_error and mean_error (of logits),
+        violations (operations that left their range), seconds, offline_seconds, rounds and bytes of a query (median),
+        and history: logits per image, encrypted and clear, with the label.
+
+    Raises:
+        ValueError: more images than the test split has, or a network that cannot be run.
+        PrivateInferenceError: a party failed; finished queries stay in `folder`.
+    """
+    there = len(dataset.test.labels)
+    if not 1 <= n <= there:
+        raise ValueError(f"n is {n}: the test split of {dataset.name} has {there} images, give 1 to {there}")
+    chosen = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:n]
+    split = datasets.Split(dataset.test.images.cpu()[chosen], dataset.test.labels.cpu()[chosen])
+    images = torch.cat([part for part, _ in datasets.batches(split, 256, dataset.mean, dataset.std)])
+
+    path = None if folder is None else Path(folder) / "queries.pt"
+    done = {"logits": torch.empty(0), "operations": [], "violations": []}
+    if path is not None and path.exists():
+        done = torch.load(path, weights_only=True)
+    start = len(done["logits"])
+    if start < n:
+        first = start // batch
+        with tqdm(total=-(-n // batch), initial=first, desc=label) as bar:
+
+            def keep(found: dict) -> None:
+                bar.update(len(found["logits"]) // batch + first - bar.n)
+                if path is not None:
+                    _save(_joined(done, found["logits"], found["operations"], []), path)
+
+            result = infer(
+                model,
+                images[start:],
+                protocol,
+                provider,
+                timeout=600.0 + 60.0 * (n - start),
+                bits=bits,
+                batch=batch,
+                progress=keep,
+            )
+            bar.update(bar.total - bar.n)
+        done = _joined(done, result.logits, result.queries.to_dict("records"), result.violations)
+        if path is not None:
+            _save(done, path)
+
+    with torch.no_grad():
+        clear = torch.cat([model.eval()(part) for part in images.split(64)])
+    error = (done["logits"] - clear).abs()
+    best, exact = done["logits"].argmax(1), clear.argmax(1)
+    costs = pd.DataFrame(done["operations"]).groupby("query")[["seconds", "offline_seconds", "rounds", "bytes"]].sum()
+    return {
+        "clear_accuracy": 100 * (exact == split.labels).double().mean().item(),
+        "private_accuracy": 100 * (best == split.labels).double().mean().item(),
+        "agreement": 100 * (best == exact).double().mean().item(),
+        "largest_error": error.max().item(),
+        "mean_error": error.mean().item(),
+        "violations": sorted(set(done["violations"])),
+        "images": n,
+        **{name: float(value) for name, value in costs.median().items()},
+        "history": [
+            {"label": int(label), "private": [float(x) for x in ours], "clear": [float(x) for x in theirs]}
+            for label, ours, theirs in zip(split.labels, done["logits"], clear, strict=True)
+        ],
+    }
+
+
+def _joined(done: dict, logits: torch.Tensor, operations: list[dict], violations: list[str]) -> dict:
+    """What was done before, and what was done now, its queries numbered on."""
+    before = 1 + max((row["query"] for row in done["operations"]), default=-1)
+    moved = [{**row, "query": row["query"] + before} for row in operations]
+    whole = torch.cat([done["logits"], logits]) if len(done["logits"]) else logits
+    return {
+        "logits": whole,
+        "operations": done["operations"] + moved,
+        "violations": done["violations"] + violations,
+    }
+
+
+def _save(what: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(what, partial)
+    partial.replace(path)
+
+
+def ensure(run: EvaluationRun, source: str = "local") -> dict:
+    """The record of an evaluation, study "encrypted"; trains and evaluates what is not there yet, where it left off."""
+    folder = records.folder() / "encrypted" / f"{records.key('encrypted', run)}.unfinished"
+
+    def measure(run: EvaluationRun) -> dict:
+        model = runs.trained(runs.ensure(run.trained))
+        label = f"{run.protocol}, {run.bits or 'its own'} bits"
+        data = runs.dataset(run.trained.data)
+        return evaluate(model, data, run.protocol, run.n, run.batch, run.provider, run.bits, folder, label)
+
+    record = records.ensure("encrypted", run, measure, source)
+    shutil.rmtree(folder, ignore_errors=True)
+    return record
