@@ -67,6 +67,7 @@ class Dealing:
         self.streams = [key and Stream(key) for key in keys]
         self.deals = None not in keys
         self.weights: dict[str, torch.Tensor] = {}  # B at the server and the dealer; W - B at the client
+        self.factors: dict[str, Factor] = {}  # of the weights that are matrices
         self.inbox: torch.Tensor | None = None  # at a server that does not deal: the corrections, still to be read
         self.outbox: list[torch.Tensor] = []  # at the dealer: the corrections, still to be sent
         self.corrected = 0  # words of corrections so far
@@ -110,6 +111,14 @@ class Dealing:
             return None
         return mine
 
+    def factor(self, operation: tuple, name: str) -> "torch.Tensor | Factor":
+        """A weight's mask, or at the client its masked weight, ready to be multiplied."""
+        if operation[0] == "multiply":
+            return self.weights[name]
+        if name not in self.factors:
+            self.factors[name] = Factor(self.weights[name].flatten(1).t())
+        return self.factors[name]
+
     def uniform(self) -> torch.Tensor:
         """A word of this party's own, from the operating system's randomness."""
         return torch.from_numpy(np.frombuffer(secrets.token_bytes(8), np.int64).copy())
@@ -145,7 +154,28 @@ def _limbs(x: torch.Tensor, width: int, count: int) -> list[torch.Tensor]:
     return limbs
 
 
-def product(left: torch.Tensor, right: torch.Tensor, bits: int = 64) -> torch.Tensor:
+WIDTH, TERMS = 22, 256  # bits of a limb; terms of a sum that stays exact
+
+
+class Factor:
+    """The right side of matrix products mod 2^64, cut into limbs once.
+
+    Args:
+        right: (..., K, M), int64.
+        bits: |right| is below 2^(bits - 1): a clear weight takes one limb.
+    """
+
+    def __init__(self, right: torch.Tensor, bits: int = 64):
+        self.right, self.bits = right, bits
+        self.parts = right.split(TERMS, -2)
+        if bits > 64 - WIDTH:
+            self.limbs = [_limbs(part, WIDTH, 3) for part in self.parts]
+            self.sums = [(part[0] + part[1], torch.cat([part[2], part[0]], -2)) for part in self.limbs]
+        else:
+            self.limbs = [part.double() for part in self.parts]
+
+
+def product(left: torch.Tensor, right: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
     """Matrix product of int64 mod 2^64, by products of float64 that are exact.
 
     A float64 holds integers up to 2^53, so both sides are cut into limbs small enough that a whole sum of products of
@@ -153,39 +183,46 @@ def product(left: torch.Tensor, right: torch.Tensor, bits: int = 64) -> torch.Te
 
     Args:
         left: (..., N, K).
-        right: (..., K, M).
-        bits: |right| is below 2^(bits - 1): a clear weight takes one limb.
+        right: (..., K, M), or the factor made of it.
+        bits: |right| is below 2^(bits - 1), where it is a tensor.
     """
     if left.device.type == "meta":
-        return left @ right
-    terms = left.shape[-1]
-    if terms > 512:
-        return product(left[..., :512], right[..., :512, :], bits) + product(left[..., 512:], right[..., 512:, :], bits)
-    room = 53 - (terms - 1).bit_length()  # bits for a product of two limbs
-    if bits + 13 <= room + 1:
-        width = room + 2 - bits  # signed limbs: (width - 1) + (bits - 1) <= room
-        count = -(-64 // width)
-        width = -(-64 // count)
-        parts = torch.stack(_limbs(left, width, count)) @ right.double()
-        return sum(part.long() << (width * i) for i, part in enumerate(parts))
-    width, count = 22, 3  # 21 + 21 bits, three of them summed: room for 512 terms
-    ours, theirs = _limbs(left, width, count), _limbs(right, width, count)
+        return left @ (right.right if isinstance(right, Factor) else right)
+    right = right if isinstance(right, Factor) else Factor(right, bits)
     total = None
-    for i in range(count):
-        # Limb products that meet at 2^(width i), as one product with the limbs side by side.
-        part = torch.cat(ours[: i + 1], -1) @ torch.cat(theirs[i::-1], -2)
-        part = part.long() << (width * i)
-        total = part if total is None else total.add_(part)
+    for i, part in enumerate(left.split(TERMS, -1)):
+        made = _full(part, right.limbs[i], *right.sums[i]) if right.bits > 64 - WIDTH else _small(part, right, i)
+        total = made if total is None else total.add_(made)
     return total
 
 
-def apply(operation: tuple, x: torch.Tensor, weight: torch.Tensor, bits: int = 64) -> torch.Tensor:
+def _small(left: torch.Tensor, right: Factor, i: int) -> torch.Tensor:
+    """The right side is one limb: the left's may be as wide as the sum allows."""
+    width = 55 - right.bits - (TERMS - 1).bit_length()  # signed limbs: (width - 1) + (bits - 1) + log2 terms <= 53
+    count = -(-64 // width)
+    width = -(-64 // count)
+    parts = torch.stack(_limbs(left, width, count)) @ right.limbs[i]
+    return sum(part.long() << (width * j) for j, part in enumerate(parts))
+
+
+def _full(left: torch.Tensor, theirs: list[torch.Tensor], low: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Three limbs by three, of which six products count mod 2^64; the middle two come from one (Karatsuba)."""
+    ours = _limbs(left, WIDTH, 3)
+    first, middle = (ours[0] @ theirs[0]).long(), (ours[1] @ theirs[1]).long()
+    cross = ((ours[0] + ours[1]) @ low).long().sub_(first).sub_(middle)
+    outer = (torch.cat([ours[0], ours[2]], -1) @ ends).long().add_(middle)
+    return first.add_(cross << WIDTH).add_(outer << 2 * WIDTH)
+
+
+def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
     """An activation times a weight, in the ring: ("linear",), ("multiply",) or ("conv", kernel, stride, padding)."""
+    if operation[0] == "conv":
+        x = windows(x, *operation[1:])
+    if isinstance(weight, Factor):
+        return product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     if operation[0] == "multiply":
         return x * weight
-    if operation[0] == "conv":
-        x, weight = windows(x, *operation[1:]), weight.flatten(1)
-    return product(x.flatten(0, -2), weight.t(), bits).unflatten(0, x.shape[:-1])
+    return product(x.flatten(0, -2), weight.flatten(1).t(), bits).unflatten(0, x.shape[:-1])
 
 
 # Correlations: each is called with the same arguments by every process, and gives that process its part.
@@ -194,9 +231,9 @@ def apply(operation: tuple, x: torch.Tensor, weight: torch.Tensor, bits: int = 6
 def by_weight(deal: Dealing, name: str, operation: tuple, shape: tuple, out: tuple):
     """For W x: a mask r of the client's share of x, and shares of W r (the client has W - B for its own part)."""
     r = deal.own(CLIENT, *shape)
-    share = deal.share(lambda: apply(operation, r.clear, deal.weights[name]), *out)
+    share = deal.share(lambda: apply(operation, r.clear, deal.factor(operation, name)), *out)
     if deal.rank == CLIENT and not deal.meta:
-        share = share.add_(apply(operation, r.mine, deal.weights[name]))
+        share = share.add_(apply(operation, r.mine, deal.factor(operation, name)))
     return r.mine, share
 
 

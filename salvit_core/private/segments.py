@@ -11,7 +11,6 @@ sends and receives, halved, like the bytes in a record. A round is one message o
 
 import functools
 import math
-import operator
 
 import numpy as np
 import torch
@@ -73,36 +72,30 @@ def _segments(x: torch.Tensor, knots: list[int], low: int, digits: int, supply: 
     """
     r, table, masks, products, bit, powers, chosen = supply
     count = x.numel()
-    (e,) = session.reveal(x - r)
     if session.recording:
-        window = torch.empty(len(knots), count, dtype=torch.int32, device="meta")
-        table = torch.empty(digits, count, dtype=torch.int32, device="meta")
-    else:
-        table = table.view(torch.int32)[: digits * count].view(digits, 1, count)
-        # int32 is enough for up to 8 digits, and half the memory of int64.
-        window = (e >> low).int() - torch.tensor([_narrow(knot >> low) for knot in knots], dtype=torch.int32)[:, None]
-    less, equal = [], []
-    for i in range(digits):
-        found = table[i] >> (window >> (DIGIT * i) & (2**DIGIT - 1))
-        less.append((found & 1).to(torch.uint8))
-        equal.append((found >> 16 & 1).to(torch.uint8) if i else None)
-    names = variables(digits)
-    local = pack(torch.stack([{"less": less, "equal": equal}[kind][i] for kind, i in names]))
-    public = dict(zip(names, session.reveal_bits(local ^ masks), strict=True))
+        return x, r, powers, chosen, torch.empty(len(knots), count, dtype=torch.int64, device="meta")
+    (e,) = session.reveal(x - r)
+    table = table.view(torch.int32)[: digits * count].view(digits, 1, count)
+    # int32 is enough for up to 8 digits, and half the memory of int64.
+    window = (e >> low).int() - torch.tensor([_narrow(knot >> low) for knot in knots], dtype=torch.int32)[:, None]
+    found = [table[i] >> (window >> (DIGIT * i) & (2**DIGIT - 1)) for i in range(digits)]  # bit 0 less, bit 16 equal
+    local = torch.stack(
+        [(found[i] if kind == "less" else found[i] >> 16).to(torch.uint8) for kind, i in variables(digits)]
+    )
+    public = session.reveal_bits(pack(local.bitwise_and_(1)) ^ masks)
     # At least the knot: not below, so the sign flipped.
-    result = pack(less[-1])
+    result = pack(found[-1].to(torch.uint8).bitwise_and_(1))
+    ones = torch.full_like(masks[:1], -1 if session.serving else 0)
     result = ~result if session.serving else result
-    place = _places(digits)
-    for term in chain(digits):
-        for subset, rest in _partitions(tuple(term)):
-            if not subset:
-                part = functools.reduce(operator.and_, [public[name] for name in rest])
-                result = result ^ part if session.serving else result
-                continue
-            share = masks[names.index(subset[0])] if len(subset) == 1 else products[place[subset]]
-            for name in rest:
-                share = share & public[name]
-            result = result ^ share
+    known = torch.cat([ones, masks, products])  # shares of the products of no mask, of one and of several
+    for places, names in _terms(digits):
+        # The product of (public + mask) over the term's variables, one variable after another: a product of masks with
+        # the variable, and one without it times what is public.
+        part = known[places]
+        for name in names:
+            half = len(part) // 2
+            part = part[half:] ^ (part[:half] & public[name])
+        result = result ^ part[0]
     gamma = unpack(session.reveal_bits(result ^ bit), count)  # (J, n)
     return e, r, powers, chosen, gamma
 
@@ -112,24 +105,25 @@ def _narrow(value: int) -> int:
 
 
 @functools.cache
-def _places(digits: int) -> dict:
-    return {chosen: i for i, chosen in enumerate(subsets(digits))}
+def _terms(digits: int) -> list[tuple[torch.Tensor, list[int]]]:
+    """For every term of `chain`: where the products of its variables' subsets are, and the variables to fold, in turn.
 
-
-@functools.cache
-def _partitions(term: tuple) -> list[tuple[tuple, tuple]]:
-    """Every way to part the variables of a term: those taken as masks, those taken as public."""
-    ways = []
-    for chosen in range(1 << len(term)):
-        ways.append((
-            tuple(v for i, v in enumerate(term) if chosen >> i & 1),
-            tuple(v for i, v in enumerate(term) if not chosen >> i & 1),
-        ))  # fmt: skip
-    return ways
+    Subsets are in the order of binary numbers whose highest bit is the first variable to fold.
+    """
+    names = variables(digits)
+    place = {(): 0, **{(name,): 1 + i for i, name in enumerate(names)}}
+    place |= {chosen: 1 + len(names) + i for i, chosen in enumerate(subsets(digits))}
+    terms = []
+    for term in chain(digits):
+        every = [tuple(v for i, v in enumerate(term) if chosen >> i & 1) for chosen in range(1 << len(term))]
+        terms.append((torch.tensor([place[chosen] for chosen in every]), [names.index(v) for v in reversed(term)]))
+    return terms
 
 
 def _evaluate(pieces: Polynomials, e: torch.Tensor, r: torch.Tensor, powers: list, chosen: list, gamma: torch.Tensor):
     """The piecewise polynomial of x = e + r, e public: sum over i of e^i times shares that are linear in the supply."""
+    if session.recording:
+        return torch.empty_like(e)
     sign = 1 - 2 * gamma
     degree = pieces.degree
     shares = [None, r, *powers]  # of r^m; r^0 is public
@@ -138,6 +132,7 @@ def _evaluate(pieces: Polynomials, e: torch.Tensor, r: torch.Tensor, powers: lis
         plain = gamma if m == 0 else gamma * shares[m]
         step = sign * chosen[m]
         steps.append(step + plain if m > 0 or session.serving else step)
+    weights = torch.tensor(pieces.steps).t() if len(pieces.steps) > 16 else None
     y = None
     for k in range(degree, -1, -1):
         inner = torch.zeros_like(e)
@@ -148,6 +143,9 @@ def _evaluate(pieces: Polynomials, e: torch.Tensor, r: torch.Tensor, powers: lis
                     inner.add_(shares[m], alpha=base)
                 elif session.serving:
                     inner.add_(base)
+            if weights is not None:  # many knots, few elements: one large operation instead of many small ones
+                inner += (steps[m] * (weights[k + m] * times)[:, None]).sum(0)
+                continue
             for j, step in enumerate(pieces.steps):
                 if alpha := _signed(step[k + m] * times):
                     inner.add_(steps[m][j], alpha=alpha)

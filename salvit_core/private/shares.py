@@ -18,7 +18,7 @@ import crypten.communicator as comm
 import torch
 import torch.distributed as dist
 
-from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Tape, apply, pack, unpack
+from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Factor, Tape, apply, pack, unpack
 
 BITS = 13  # fractional bits of an activation and of a weight
 WEIGHT_RANGE = 2.0**5  # of a weight: what `dealing.product` is told of its size
@@ -127,7 +127,7 @@ class Session:
         self.recording, self.tape = False, Tape()
         self.meta = Dealing(rank, meta=True)
         self.dealing: Dealing | None = None
-        self.makers, self.clear = {}, {}
+        self.makers, self.clear, self.factors = {}, {}, {}
         self.ready: deque = deque()
         self.supplied, self.serial, self.place = (0.0, 0), 0, ""
         self.check, self.violations = False, {}
@@ -269,8 +269,11 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
         session.send(x.data - r)
         return Share(share, x.bits + bits)
     (masked,) = session.receive(x.shape)
-    size = 1 + bits + int(math.log2(WEIGHT_RANGE))
-    return Share(apply(operation, x.data + masked, weight, size).add_(share), x.bits + bits)
+    if operation[0] != "multiply" and not session.recording:
+        if name not in session.factors:
+            session.factors[name] = Factor(weight.flatten(1).t(), 1 + bits + int(math.log2(WEIGHT_RANGE)))
+        weight = session.factors[name]
+    return Share(apply(operation, x.data + masked, weight).add_(share), x.bits + bits)
 
 
 def truncate(x: Share, bits: int) -> Share:

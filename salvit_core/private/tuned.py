@@ -80,7 +80,7 @@ def matmul(module: MatMul, secret: dict, left: Share, right: Share) -> Share:
     out = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]) + (left.shape[-2], right.shape[-1])
     a, b, share = session.correlation("matmul", tuple(left.shape), tuple(right.shape), tuple(out))
     e, f = session.reveal(left.data - a, right.data - b)
-    y = product(torch.cat([e, a], -1), torch.cat([b + f if session.serving else b, f], -2)).add_(share)
+    y = product(e, b + f if session.serving else b).add_(product(a, f)).add_(share)
     y = Share(y, left.bits + right.bits)
     return y if over is None else multiply(y.to(session.bits), over)
 
@@ -113,7 +113,7 @@ def max_pool2d(module: nn.MaxPool2d, secret: dict, x: Share) -> Share:
     return x
 
 
-_GELU_KNOTS = [-3.35, -2.1, -1.15, 0.0, 1.15, 2.1, 3.35]
+_GELU_KNOTS = [-3.45, -1.1, 1.1, 3.45]
 
 
 @functools.cache
@@ -121,18 +121,18 @@ def _gelu(bits: int) -> Polynomials:
     def exact(x):
         return x / 2 * (1 + torch.erf(torch.as_tensor(x) / math.sqrt(2)).numpy())
 
-    nothing, itself = (0.0, [0.0] * 4), (0.0, [0.0, 1.0, 0.0, 0.0])
-    return Polynomials(_GELU_KNOTS, [nothing, *fitted(exact, _GELU_KNOTS, 3), itself], bits, 12)
+    nothing, itself = (0.0, [0.0] * 5), (0.0, [0.0, 1.0, 0.0, 0.0, 0.0])
+    return Polynomials(_GELU_KNOTS, [nothing, *fitted(exact, _GELU_KNOTS, 4), itself], bits, 12)
 
 
 def gelu(module: nn.GELU, secret: dict, x: Share) -> Share:
-    """GELU as a cubic on each of six segments, zero to their left and x to their right; within 2e-3 for |x| below 64.
+    """GELU as a quartic on each of three segments, zero to their left and x to their right.
 
-    Five rounds; 1.5 n words and 50 n bits.
+    Within 2e-3 for |x| below 28. Five rounds; 1.5 n words and 29 n bits.
     """
-    bits = min(session.bits - 1, 16)
+    bits = min(session.bits - 2, 11)
     x = x.settle().to(bits)
-    return truncate(piecewise(x, _gelu(bits), max(0, bits - 9)), session.bits)
+    return truncate(piecewise(x, _gelu(bits), max(0, bits - 10)), session.bits)
 
 
 def _square(x: Share) -> Share:
@@ -203,16 +203,15 @@ def _log2(count: int) -> int:
 
 @functools.cache
 def _exp(bits: int) -> Polynomials:
-    knots = [-9.0, -5.5, -3.7, -2.4, -1.4, -0.6]
-    nothing = (0.0, [0.0] * 4)
-    return Polynomials(knots, [nothing, *fitted(np.exp, [*knots, 0.1], 3)], bits, 12)
+    knots = [-9.0, -4.13, -1.63]
+    return Polynomials(knots, [(0.0, [0.0] * 5), *fitted(np.exp, [*knots, 0.05], 4)], bits, 12)
 
 
 def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """exp(a - max a) over its sum, weights to 1e-3, for scores that differ by less than 128.
 
-    The maximum by a tournament of ceil(log2 K) comparisons in depth, without an argmax; the exponential as a cubic on
-    each of six segments and zero below -9. 3 ceil(log2 K) + 11 rounds; 2.5 n words for exp, n for the maximum.
+    The maximum by a tournament of ceil(log2 K) comparisons in depth, without an argmax; the exponential as a quartic
+    on each of three segments and zero below -9. 3 ceil(log2 K) + 11 rounds; 2.5 n words for exp, n for the maximum.
     """
     scores = scores.settle().to(session.bits)
     dim = module.dim % len(scores.shape)
@@ -222,7 +221,7 @@ def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
         parts = best.data.split([half, half, size - 2 * half], dim)
         most = maximum(Share(parts[0], best.bits), Share(parts[1], best.bits), 8)
         best = Share(torch.cat([most.data, parts[2]], dim), best.bits) if size % 2 else most
-    bits = min(session.bits - 1, 16)
+    bits = min(session.bits - 1, 12)
     x = (scores - best).to(bits)
     exponentials = truncate(piecewise(x, _exp(bits), max(0, bits - 8)), session.bits + 1)
     count = scores.shape[dim]
@@ -534,7 +533,7 @@ def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> str | None:
 DOMAINS = {
     nn.ReLU: lambda m, x: outside("inputs", x, (-64, 64)),
     nn.MaxPool2d: lambda m, x: outside("inputs", x, (-32, 32)),
-    nn.GELU: lambda m, x: outside("inputs", x, (-60, 60)),
+    nn.GELU: lambda m, x: outside("inputs", x, (-28, 28)),
     nn.LayerNorm: lambda m, x: _sums("variances", x.var(-1, unbiased=False) + m.eps, VARIANCE),
     Softmax: lambda m, x: outside("spreads of scores", _spread(x, m.dim), (0, 118)),
     TwoQuad: _two_quad_domain,
