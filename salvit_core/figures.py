@@ -20,6 +20,9 @@ PALETTE = sns.color_palette("colorblind", 10).as_hex()
 HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "|||", "+++", "ooo", "OO")
 DASHES = ((1, 0), (4, 1), (1, 1), (4, 1, 1, 1), (6, 2))
 
+# What stands beside the kinds of operation in a stack: the dealer's seconds, and what a modelled link adds.
+BESIDES = {"offline": ("0.45", "////"), "link": ("0.75", "....")}
+
 NORMALIZER_STYLE = {
     name: (PALETTE[i], DASHES[i]) for i, name in enumerate(("softmax", "2quad", "2relu", "l2q", "scaling"))
 }
@@ -44,7 +47,7 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None =
 
     Args:
         panels: axis label, such as "seconds", to a table with one row per method (drawn from the top) and one column
-            per kind of operation.
+            per kind of operation; columns "offline" and "link" are stacked behind them.
         spread: for the first panel: one row per method with the columns low and high of its total.
         note: what was measured, on what; printed under the figure.
     """
@@ -55,7 +58,8 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None =
         )
         for axis, (label, table) in zip(axes[0], panels.items(), strict=True):
             left = pd.Series(0.0, index=table.index)
-            for i, kind in enumerate(KINDS):
+            looks = {kind: (PALETTE[i % len(PALETTE)], HATCHES[i % len(HATCHES)]) for i, kind in enumerate(KINDS)}
+            for kind, (color, hatch) in {**looks, **BESIDES}.items():
                 if kind not in table:
                     continue
                 axis.barh(
@@ -63,8 +67,8 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None =
                     table[kind],
                     left=left,
                     height=0.72,
-                    color=PALETTE[i % len(PALETTE)],
-                    hatch=HATCHES[i % len(HATCHES)],
+                    color=color,
+                    hatch=hatch,
                     edgecolor="white",
                     linewidth=0.3,
                     label=kind,
@@ -295,6 +299,120 @@ def scatter_by_layer(table: pd.DataFrame, x: str, panels: dict[str, str], note: 
             axis.set_ylabel(label)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=7)
+        _note(figure, note)
+    return figure
+
+
+def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: str = "") -> Figure:
+    """One row per method, one marker per column, a line from the least to the most; a panel per table.
+
+    Args:
+        panels: title to a table indexed by method (drawn from the top), all with the same rows and columns; NaN is
+            left out.
+        label: of the horizontal axes.
+        log: logarithmic axes.
+        note: what was measured, what modelled.
+    """
+    with plt.rc_context(STYLE):
+        rows = len(next(iter(panels.values())))
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(WIDTH, 1.3 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
+            places = range(len(table))
+            axis.hlines(places, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=2, zorder=1)
+            for i, column in enumerate(table):
+                # Small markers over large ones, and hollow ones, so that equal values are both seen.
+                look = {"edgecolor": PALETTE[i], "color": "white" if i % 2 else PALETTE[i], "marker": "osD^vP"[i % 6]}
+                axis.scatter(table[column], places, s=44 - 7 * i, linewidth=1.2, label=column, zorder=2, **look)
+            axis.set_yticks(places, table.index)
+            axis.set_title(title)
+            axis.set_xlabel(label)
+            if log:
+                axis.set_xscale("log")
+            axis.margins(x=0.08)
+        axes[0][0].invert_yaxis()
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        _note(figure, note)
+    return figure
+
+
+def curves(
+    table: pd.DataFrame, x: str, panels: dict[str, str], log: tuple[str, ...] = (), base: int = 10, note: str = ""
+) -> Figure:
+    """Quantities over one variable, one line per series, a panel per quantity.
+
+    Args:
+        table: columns series, `x`, and those that `panels` names.
+        x: column along the horizontal axis.
+        panels: column to the label of its axis.
+        log: columns whose axes are logarithmic.
+        base: of the horizontal axis where it is logarithmic.
+        note: what was measured, what modelled.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")
+        for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+            for i, (series, part) in enumerate(table.groupby("series", sort=False)):
+                axis.plot(
+                    part[x],
+                    part[column],
+                    color=PALETTE[i % len(PALETTE)],
+                    dashes=DASHES[i % len(DASHES)],
+                    marker="osD^vP*"[i % 7],
+                    markersize=4,
+                    linewidth=1.2,
+                    label=series,
+                )
+            if x in log:
+                axis.set_xscale("log", base=base)
+            axis.set_xticks(sorted(table[x].unique()), sorted(table[x].unique()))
+            axis.minorticks_off()
+            if column in log:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.set_xlabel(x)
+            axis.set_ylabel(label)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        _note(figure, note)
+    return figure
+
+
+def drift(table: pd.DataFrame, note: str = "") -> Figure:
+    """How far activations on shares are from the clear ones, module after module, beside their size.
+
+    Args:
+        table: columns series, node, layer, error and scale (largest absolute difference and largest absolute value).
+        note: what was measured.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+        nodes = table.drop_duplicates("node")
+        place = {node: i for i, node in enumerate(nodes["node"])}
+        clear = table.drop_duplicates("node", keep="last")
+        axis.plot(clear["node"].map(place), clear["scale"], color="0.6", linewidth=1, label="largest clear value")
+        for i, (series, part) in enumerate(table.groupby("series", sort=False)):
+            axis.plot(
+                part["node"].map(place),
+                part["error"],
+                color=PALETTE[i],
+                dashes=DASHES[i],
+                marker="os"[i % 2],
+                markersize=2.5,
+                linewidth=1,
+                label=f"largest difference, {series}",
+            )
+        starts = nodes.groupby("layer", sort=False)["node"].first().map(place)
+        for start in starts[1:]:
+            axis.axvline(start - 0.5, color="0.85", linewidth=0.6, zorder=0)
+        axis.set_xticks(starts, starts.index, rotation=30, ha="left", rotation_mode="anchor")
+        axis.tick_params(axis="x", length=0, labeltop=False)
+        axis.set_yscale("log")
+        axis.set_ylabel("activations")
+        figure.legend(loc="outside upper center", ncols=3)
         _note(figure, note)
     return figure
 

@@ -23,6 +23,7 @@ class Profile:
         recipe: of every training and of fine-tuning after a search.
         search_epochs: epochs of the search phase, E_NAS.
         seeds: how many seeds the ablations of notebook 02 have; the searches of notebook 03 have one.
+        encrypted: test images that notebook 05 runs on shares with `tuned`; `stock` gets a thirty-second of them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Profile:
     recipe: Recipe = Recipe()
     search_epochs: int = 600
     seeds: int = 3
+    encrypted: int = 256
 
     def config(self, data: str, method: str | None = None, **changes) -> CCTConfig:
         """The network that this profile trains on a data set."""
@@ -76,6 +78,7 @@ PROFILES = {
             recipe=Recipe(epochs=2, batch=64, lr=2e-3, augment="none"),
             search_epochs=1,
             seeds=1,
+            encrypted=32,
         ),
         Profile(
             "quick",
@@ -101,6 +104,7 @@ PROFILES = {
             recipe=Recipe(epochs=60, bf16=True, channels_last=True),
             search_epochs=30,
             seeds=1,
+            encrypted=1000,
         ),
         Profile(
             "paper",
@@ -108,6 +112,7 @@ PROFILES = {
             queries=10,
             data=("cifar10", "cifar100", "tiny_imagenet"),
             recipe=Recipe(bf16=True, channels_last=True),
+            encrypted=1000,
         ),
     )
 }

@@ -8,11 +8,12 @@ from torch import nn
 from zoo import Zoo
 
 from salvit_core import CCT, preset, private
+from salvit_core.activations import ACTIVATIONS, LearnedQuad, Quad
 from salvit_core.attention import ATTENTION
 from salvit_core.attention.matmul import MatMul
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
-from salvit_core.private import stock
+from salvit_core.private import stock, tuned
 from salvit_core.private.interpreter import DomainInterpreter, fingerprint, unsupported
 from salvit_core.private.stock import crypten
 
@@ -62,6 +63,8 @@ OPERATIONS = {
     "relu": (nn.ReLU(), (40,), 3.0, 0.0, 3 * ULP),
     "max_pool2d": (nn.MaxPool2d(3, 2, 1), (2, 6, 6), 3.0, 0.0, 6 * ULP),
     "gelu": (nn.GELU(), (40,), 1.1, 0.4, 1e-2),
+    "quad": (Quad(), (40,), 3.0, 0.0, (4 * 3.0 + 4) * ULP),
+    "learned_quad": (LearnedQuad(40), (40,), 3.0, 0.0, (4 * 3.0 + 4) * ULP),
     "layer_norm": (affine_norm(32), (4, 32), 2.0, 0.5, 2e-2),
     "softmax": (Softmax(), (2, 3, 16), 2.0, 0.0, 1e-2),
     "two_quad": (TwoQuad(), (2, 3, 4), 0.5, -4.0, 1e-2),
@@ -219,8 +222,9 @@ def test_whole_network_is_faithful_where_stock_is_right(provider):
 def test_every_attention_and_normaliser_has_a_protocol():
     for attention in ATTENTION:
         for normalizer in NORMALIZERS:
-            model = CCT(preset("cct_2_3x1", attention=attention, normalizer=normalizer))
-            assert unsupported(trace(model), stock) == []
+            for activation in ACTIVATIONS:
+                model = CCT(preset("cct_2_3x1", attention=attention, normalizer=normalizer, activation=activation))
+                assert unsupported(trace(model), stock) == unsupported(trace(model), tuned) == []
 
 
 def test_the_clear_answer_is_that_of_evaluation_mode():

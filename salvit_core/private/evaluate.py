@@ -41,6 +41,30 @@ class EvaluationRun:
         return self.trained.seed
 
 
+@dataclass(frozen=True)
+class DriftRun:
+    """How far the shares of one trained network's activations are from the clear ones, layer by layer.
+
+    Attributes:
+        trained: the run that trained it.
+        n: test images, all in one query.
+        protocol: as in `infer`.
+        provider: as in `infer`.
+        bits: as in `infer`.
+    """
+
+    trained: TrainRun | SearchRun
+    n: int = 4
+    protocol: str = "tuned"
+    provider: str = "TFP"
+    bits: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+
 def evaluate(
     model: nn.Module,
     dataset: datasets.Data,
@@ -76,12 +100,7 @@ def evaluate(
         ValueError: more images than the test split has, or a network that cannot be run.
         PrivateInferenceError: a party failed; finished queries stay in `folder`.
     """
-    there = len(dataset.test.labels)
-    if not 1 <= n <= there:
-        raise ValueError(f"n is {n}: the test split of {dataset.name} has {there} images, give 1 to {there}")
-    chosen = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:n]
-    split = datasets.Split(dataset.test.images.cpu()[chosen], dataset.test.labels.cpu()[chosen])
-    images = torch.cat([part for part, _ in datasets.batches(split, 256, dataset.mean, dataset.std)])
+    split, images = _drawn(dataset, n)
 
     path = None if folder is None else Path(folder) / "queries.pt"
     done = {"logits": torch.empty(0), "operations": [], "violations": []}
@@ -130,6 +149,28 @@ def evaluate(
             {"label": int(label), "private": [float(x) for x in ours], "clear": [float(x) for x in theirs]}
             for label, ours, theirs in zip(split.labels, done["logits"], clear, strict=True)
         ],
+    }
+
+
+def _drawn(dataset: datasets.Data, n: int) -> tuple[datasets.Split, torch.Tensor]:
+    """N test images without replacement, seed 0: as they are with their labels, and as the network reads them."""
+    there = len(dataset.test.labels)
+    if not 1 <= n <= there:
+        raise ValueError(f"n is {n}: the test split of {dataset.name} has {there} images, give 1 to {there}")
+    chosen = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:n]
+    split = datasets.Split(dataset.test.images.cpu()[chosen], dataset.test.labels.cpu()[chosen])
+    return split, torch.cat([part for part, _ in datasets.batches(split, 256, dataset.mean, dataset.std)])
+
+
+def drift(run: DriftRun) -> dict:
+    """Metrics of a run: one row per module's result, as `Result.drift`, and what leaves its domain."""
+    model = runs.trained(runs.ensure(run.trained))
+    _, images = _drawn(runs.dataset(run.trained.data), run.n)
+    result = infer(model, images, run.protocol, run.provider, timeout=3600, bits=run.bits, drift=True)
+    return {
+        "layers": result.drift.to_dict("records"),
+        "logit_error": result.error,
+        "violations": result.violations,
     }
 
 

@@ -67,11 +67,22 @@ def name_of(record: dict) -> tuple[str, str] | None:
     return _named_networks().get(CCTConfig(**record["config"]["network"]))
 
 
+# Columns that older records lack.
+_LATER = {
+    "serial_bytes": lambda rows: rows["bytes"],
+    "offline_seconds": lambda rows: 0.0,
+    "offline_bytes": lambda rows: 0,
+}
+
+
 def operations(found: list[dict], methods: list[str] | None = None) -> pd.DataFrame:
-    """Latency records as one table of operations: network, method, query, layer, kind, seconds, rounds, bytes.
+    """Latency records as one table of operations: network, method, query, protocol, layer, kind and what each cost.
+
+    Costs are seconds, rounds, bytes, serial_bytes, offline_seconds and offline_bytes, as in `private.Result`. Records
+    from before the last three were told apart get bytes, 0 and 0.
 
     Args:
-        found: latency records.
+        found: latency records, of any protocols.
         methods: what to call each; where left out, the paper's names.
 
     Raises:
@@ -86,11 +97,17 @@ def operations(found: list[dict], methods: list[str] | None = None) -> pd.DataFr
         rows.insert(0, "network", name[0] if name else "")
         rows.insert(1, "method", methods[i] if methods else name[1])
         rows.insert(2, "query", record["config"]["query"])
-        tables.append(rows)
+        rows.insert(3, "protocol", record["config"]["protocol"])
+        tables.append(rows.assign(**{name: make(rows) for name, make in _LATER.items() if name not in rows}))
     table = pd.concat(tables, ignore_index=True)
     order = list(dict.fromkeys(methods)) if methods else [name for name in METHODS if name in set(table["method"])]
     table["method"] = pd.Categorical(table["method"], order)
     return table
+
+
+def _by(rows: pd.DataFrame) -> list[str]:
+    """What tells measurements apart: the method, within its protocol where there are several."""
+    return ["protocol", "method"] if rows["protocol"].nunique() > 1 else ["method"]
 
 
 def totals(rows: pd.DataFrame, baseline: str = "SA softmax") -> pd.DataFrame:
@@ -98,34 +115,45 @@ def totals(rows: pd.DataFrame, baseline: str = "SA softmax") -> pd.DataFrame:
 
     Args:
         rows: a table of `operations`, of one network.
-        baseline: the method whose median latency is 1.
+        baseline: the method whose median latency is 1, each protocol's own; ratios are NaN in a protocol without it.
 
     Returns:
-        Indexed by method: queries, seconds, low, high, seconds_without_layernorm (the paper's accounting), rounds,
-        megabytes, ratio, ratio_without_layernorm.
+        Indexed by method, or by protocol and method where the rows are of several protocols: queries, seconds, low,
+        high, seconds_without_layernorm (the paper's accounting), offline_seconds (a part of seconds), rounds,
+        megabytes, offline_megabytes (what a dealer must send besides), ratio, ratio_without_layernorm.
     """
-    per_query = rows.groupby(["method", "query"], observed=True)[["seconds", "rounds", "bytes"]].sum()
-    paper = rows[rows["kind"] != "LayerNorm"].groupby(["method", "query"], observed=True)["seconds"].sum()
-    seconds = per_query["seconds"].groupby("method", observed=True)
-    others = per_query.groupby("method", observed=True)
+    by = _by(rows)
+    costs = ["seconds", "offline_seconds", "rounds", "bytes", "offline_bytes"]
+    per_query = rows.groupby([*by, "query"], observed=True)[costs].sum()
+    paper = rows[rows["kind"] != "LayerNorm"].groupby([*by, "query"], observed=True)["seconds"].sum()
+    seconds = per_query["seconds"].groupby(by, observed=True)
+    median = per_query.groupby(by, observed=True).median()
     table = pd.DataFrame(
         {
             "queries": seconds.size(),
             "seconds": seconds.median(),
             "low": seconds.min(),
             "high": seconds.max(),
-            "seconds_without_layernorm": paper.groupby("method", observed=True).median(),
-            "rounds": others["rounds"].median().astype(int),
-            "megabytes": others["bytes"].median() / 1e6,
+            "seconds_without_layernorm": paper.groupby(by, observed=True).median(),
+            "offline_seconds": median["offline_seconds"],
+            "rounds": median["rounds"].astype(int),
+            "megabytes": median["bytes"] / 1e6,
+            "offline_megabytes": median["offline_bytes"] / 1e6,
         }
     )
-    table["ratio"] = table["seconds"] / table["seconds"][baseline]
-    without = table["seconds_without_layernorm"]
-    table["ratio_without_layernorm"] = without / without[baseline]
+    for column, ratio in (("seconds", "ratio"), ("seconds_without_layernorm", "ratio_without_layernorm")):
+        if len(by) == 1:
+            table[ratio] = table[column] / table[column][baseline]
+        else:
+            table[ratio] = table[column].div(table[column].xs(baseline, level="method"), level="protocol")
     return table
 
 
 def by_kind(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """One row per method, one column per kind of operation: the median over the queries of seconds, rounds or bytes."""
-    per_query = rows.groupby(["method", "query", "kind"], observed=True)[quantity].sum()
-    return per_query.groupby(["method", "kind"], observed=True).median().unstack(fill_value=0.0)
+    """One row per method, one column per kind of operation: the median over the queries of seconds, rounds or bytes.
+
+    Where the rows are of several protocols, one row per protocol and method.
+    """
+    by = _by(rows)
+    per_query = rows.groupby([*by, "query", "kind"], observed=True)[quantity].sum()
+    return per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0.0)

@@ -188,6 +188,8 @@ def start_crypten(args: argparse.Namespace, store: dist.TCPStore) -> None:
 
     dist.register_rendezvous_handler("salvit", rendezvous)
     crypten.cfg.mpc.provider = args.provider
+    if args.protocol == "stock" and args.bits is not None:
+        crypten.cfg.encoder.precision_bits = args.bits
     crypten.cfg.communicator.verbose = True  # without it CrypTen counts neither rounds nor bytes
     if args.role == "dealer":
         (server_of_dealer() if args.protocol == "tuned" else crypten.mpc.provider.TTPServer)()

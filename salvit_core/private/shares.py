@@ -21,7 +21,6 @@ import torch.distributed as dist
 from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Factor, Tape, apply, pack, unpack
 
 BITS = 13  # fractional bits of an activation and of a weight
-WEIGHT_RANGE = 2.0**5  # of a weight: what `dealing.product` is told of its size
 
 
 class Share:
@@ -271,7 +270,8 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
     (masked,) = session.receive(x.shape)
     if operation[0] != "multiply" and not session.recording:
         if name not in session.factors:
-            session.factors[name] = Factor(weight.flatten(1).t(), 1 + bits + int(math.log2(WEIGHT_RANGE)))
+            size = 1 + int(weight.abs().max()).bit_length()
+            session.factors[name] = Factor(weight.flatten(1).t(), size)
         weight = session.factors[name]
     return Share(apply(operation, x.data + masked, weight).add_(share), x.bits + bits)
 
