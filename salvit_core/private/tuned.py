@@ -46,7 +46,7 @@ from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of 
 
 # Octaves, and absolute bounds, that the protocols cover. `DOMAINS` says what leaves them.
 VARIANCE = (-12, 8)
-ROW_SUM = (-8, 8)
+ROW_SUM = (-7, 11)
 L1_SUM = (-10, 6)
 
 
