@@ -149,7 +149,7 @@ def targets(report: dict) -> list[tuple[str, str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write them and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny network, a single turn: a smoke test")
     parser.add_argument("--turns", type=int, default=3, help="turns of each network and protocol, after one to warm up")
@@ -172,6 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     report["targets"] = targets(report)
     records.write(options.out, json.dumps(report, indent=1, allow_nan=False))
+    records.write(options.out.with_suffix(".md"), markdown(report) + "\n")
     print(markdown(report))
     print(f"\n{options.out}")
 

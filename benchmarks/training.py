@@ -255,7 +255,7 @@ def markdown(report: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, write them and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny network, two rows, a single turn: a smoke test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -296,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         "source": "measured",
     }
     records.write(options.out, json.dumps(report, indent=1, allow_nan=False))
+    records.write(options.out.with_suffix(".md"), markdown(report) + "\n")
     print(markdown(report))
     print(f"\n{options.out}")
 

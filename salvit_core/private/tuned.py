@@ -237,9 +237,9 @@ def two_quad(module: TwoQuad, secret: dict, scores: Share) -> Share:
 
 
 def two_relu(module: TwoReLU, secret: dict, scores: Share) -> Share:
-    """relu(a) over its sum; a row without a positive score gives zeros. Sums are scaled by 1 / K."""
+    """relu(a) over its sum; a row without a positive score gives zeros. Sums are scaled by about 1 / sqrt K."""
     positive = positive_part(scores.settle().to(session.bits), 9)
-    down = _log2(scores.shape[module.dim])
+    down = _log2(scores.shape[module.dim]) // 2
     return _normalised(
         Share(positive.data, positive.bits + down).to(session.bits + 7), module.dim, ROW_SUM, nonzero=False
     )
@@ -526,7 +526,7 @@ def _two_quad_domain(module: TwoQuad, a: torch.Tensor) -> str | None:
 
 
 def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> str | None:
-    sums = a.relu().sum(module.dim) / 2 ** _log2(a.shape[module.dim])
+    sums = a.relu().sum(module.dim) / 2 ** (_log2(a.shape[module.dim]) // 2)
     return outside("scores", a, (-64, 64)) or _sums("scaled sums", sums, ROW_SUM, zeros=True)
 
 
