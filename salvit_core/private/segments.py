@@ -11,6 +11,7 @@ sends and receives, halved, like the bytes in a record. A round is one message o
 
 import functools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Polynomials:
         knots: where segments meet, ascending, in units of the input's value.
         pieces: for every segment a centre and coefficients, lowest first, in powers of (x - centre).
         bits: fractional bits of the input.
-        extra: fractional bits of the coefficients.
+        extra: fractional bits of the leading coefficients.
     """
 
     def __init__(self, knots: list[float], pieces: list[tuple[float, list[float]]], bits: int, extra: int):
@@ -42,25 +43,35 @@ class Polynomials:
         self.bits = extra + bits * self.degree
         whole = []
         for centre, coefficients in pieces:
-            middle, sums = round(centre * 2.0**bits), [0] * (self.degree + 1)
-            for i, c in enumerate(coefficients):
-                c = round(c * 2.0**extra) << bits * (self.degree - i)
-                for m in range(i + 1):  # (x - middle)^i
-                    sums[m] += c * math.comb(i, m) * (-middle) ** (i - m)
-            whole.append(sums)
+            # What multiplies x^m has all the fractional bits that x^m leaves: the leading coefficient the fewest.
+            *lower, top = coefficients
+            sums = [Fraction(0)] * (self.degree + 1)
+            for i, c in enumerate([*lower, round(top * 2.0**extra) / 2.0**extra]):
+                for m in range(i + 1):  # (x - centre)^i
+                    sums[m] += Fraction(c) * math.comb(i, m) * Fraction(-centre) ** (i - m)
+            whole.append([round(c * 2 ** (extra + bits * (self.degree - m))) for m, c in enumerate(sums)])
         self.base = [_signed(c) for c in whole[0]]
         self.steps = [[_signed(b - a) for a, b in zip(*pair, strict=True)] for pair in zip(whole, whole[1:])]
 
 
-def fitted(function, edges: list[float], degree: int) -> list[tuple[float, list[float]]]:
-    """Near-minimax polynomials between edges: interpolation at Chebyshev's nodes, as (centre, coefficients) each."""
+def fitted(function, edges: list[float], degree: int, extra: int = 52) -> list[tuple[float, list[float]]]:
+    """Near-minimax polynomials between edges: interpolation at Chebyshev's nodes, as (centre, coefficients) each.
+
+    The leading coefficients have `extra` fractional bits; those below take up most of what that rounds off.
+    """
+
+    def interpolated(function, half, degree):
+        series = np.polynomial.Chebyshev.interpolate(function, degree, [-half, half])
+        found = series.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+        return np.pad(found, (0, degree + 1 - len(found)))
+
     pieces = []
     for low, high in zip(edges, edges[1:]):
-        series = np.polynomial.Chebyshev.interpolate(function, degree, [low, high])
-        centre = (low + high) / 2
-        shifted = np.polynomial.Chebyshev(series.coef, [low - centre, high - centre])
-        plain = shifted.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
-        pieces.append((centre, [*plain, *[0.0] * (degree + 1 - len(plain))]))
+        centre, half = (low + high) / 2, (high - low) / 2
+        coefficients = interpolated(lambda x: function(x + centre), half, degree)  # noqa: B023  called at once
+        lost = coefficients[-1] - round(coefficients[-1] * 2.0**extra) / 2.0**extra
+        coefficients[:-1] += interpolated(lambda x: lost * x**degree, half, degree - 1)  # noqa: B023
+        pieces.append((centre, [*coefficients[:-1], coefficients[-1] - lost]))
     return pieces
 
 

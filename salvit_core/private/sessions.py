@@ -56,17 +56,18 @@ def measure(run: SessionRun) -> dict:
     }
 
 
-def costs(record: dict) -> dict[str, float]:
-    """What one query of a record cost, the median over its queries: see `QUANTITIES`.
+def costs(record: dict, statistic: str = "median") -> dict[str, float]:
+    """What one query of a record cost: see `QUANTITIES`.
 
     Args:
         record: of a `SessionRun` or of a `latency.LatencyRun`. Records from before CrypTen's dealer was timed have 0
             for what is offline, and their messages all went both ways at once.
+        statistic: over the queries, "median" or "min".
     """
     rows = pd.DataFrame(record["metrics"]["operations"])
     rows = rows.assign(**{name: make(rows) for name, make in _ABSENT.items() if name not in rows})
     per_query = rows.groupby("query")[list(QUANTITIES)].sum()
-    return {name: float(value) for name, value in per_query.median().items()}
+    return {name: float(value) for name, value in per_query.agg(statistic).items()}
 
 
 _ABSENT = {
@@ -77,7 +78,7 @@ _ABSENT = {
 }
 
 
-def on_link(record: dict, link: Link | None) -> float:
+def on_link(record: dict, link: Link | None, statistic: str = "median") -> float:
     """Modelled seconds of one query of a loopback record on a link (`Link.latency`); None leaves them as measured."""
-    query = costs(record)
+    query = costs(record, statistic)
     return query["seconds"] if link is None else link.latency(pd.DataFrame([query]))

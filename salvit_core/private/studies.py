@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 
 from .. import records
-from . import evaluate, latency, sessions
-from .evaluate import DriftRun, EvaluationRun
+from . import latency, sessions
+from .evaluate import DriftRun, EvaluationRun, drift
+from .evaluate import ensure as ensure_evaluation
 from .latency import LatencyRun
 from .sessions import SessionRun
 
@@ -18,8 +19,8 @@ STUDIES = {EvaluationRun: "encrypted", DriftRun: "drift", LatencyRun: "latency",
 def ensure(run: Run, source: str = "local") -> dict:
     """The record of a run; measures what is not there yet."""
     if isinstance(run, EvaluationRun):
-        return evaluate.ensure(run, source)
-    measure = {DriftRun: evaluate.drift, LatencyRun: latency.measure, SessionRun: sessions.measure}[type(run)]
+        return ensure_evaluation(run, source)
+    measure = {DriftRun: drift, LatencyRun: latency.measure, SessionRun: sessions.measure}[type(run)]
     return records.ensure(STUDIES[type(run)], run, measure, source)
 
 

@@ -122,7 +122,7 @@ def _gelu(bits: int) -> Polynomials:
         return x / 2 * (1 + torch.erf(torch.as_tensor(x) / math.sqrt(2)).numpy())
 
     nothing, itself = (0.0, [0.0] * 5), (0.0, [0.0, 1.0, 0.0, 0.0, 0.0])
-    return Polynomials(_GELU_KNOTS, [nothing, *fitted(exact, _GELU_KNOTS, 4), itself], bits, 12)
+    return Polynomials(_GELU_KNOTS, [nothing, *fitted(exact, _GELU_KNOTS, 4, 12), itself], bits, 12)
 
 
 def gelu(module: nn.GELU, secret: dict, x: Share) -> Share:
@@ -203,15 +203,16 @@ def _log2(count: int) -> int:
 
 @functools.cache
 def _exp(bits: int) -> Polynomials:
-    knots = [-9.0, -4.13, -1.63]
-    return Polynomials(knots, [(0.0, [0.0] * 5), *fitted(np.exp, [*knots, 0.05], 4)], bits, 12)
+    knots = [-21.33, -9.93, -6.21, -3.9, -1.91]
+    extra = min(20, 61 - 4 * bits)
+    return Polynomials(knots, [(0.0, [0.0] * 5), *fitted(np.exp, [*knots, 0.05], 4, extra)], bits, extra)
 
 
 def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """exp(a - max a) over its sum, weights to 1e-3, for scores that differ by less than 128.
 
     The maximum by a tournament of ceil(log2 K) comparisons in depth, without an argmax; the exponential as a quartic
-    on each of three segments and zero below -9. 3 ceil(log2 K) + 11 rounds; 2.5 n words for exp, n for the maximum.
+    on each of five segments and zero below -21. 3 ceil(log2 K) + 11 rounds; 2.5 n words for exp, n for the maximum.
     """
     scores = scores.settle().to(session.bits)
     dim = module.dim % len(scores.shape)
@@ -221,7 +222,7 @@ def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
         parts = best.data.split([half, half, size - 2 * half], dim)
         most = maximum(Share(parts[0], best.bits), Share(parts[1], best.bits), 8)
         best = Share(torch.cat([most.data, parts[2]], dim), best.bits) if size % 2 else most
-    bits = min(session.bits - 1, 12)
+    bits = min(session.bits - 1, 11)
     x = (scores - best).to(bits)
     exponentials = truncate(piecewise(x, _exp(bits), max(0, bits - 8)), session.bits + 1)
     count = scores.shape[dim]
