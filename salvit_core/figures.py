@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from . import records
 from .graph import KINDS
@@ -315,6 +317,7 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
     """
     with plt.rc_context(STYLE):
         rows = len(next(iter(panels.values())))
+        most = max(table.max(axis=None) for table in panels.values())
         figure, axes = plt.subplots(
             1, len(panels), figsize=(WIDTH, 1.3 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
         )
@@ -322,18 +325,23 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
             places = range(len(table))
             axis.hlines(places, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=2, zorder=1)
             for i, column in enumerate(table):
-                # Small markers over large ones, and hollow ones, so that equal values are both seen.
-                look = {"edgecolor": PALETTE[i], "color": "white" if i % 2 else PALETTE[i], "marker": "osD^vP"[i % 6]}
-                axis.scatter(table[column], places, s=44 - 7 * i, linewidth=1.2, label=column, zorder=2, **look)
+                # A dot, then ever larger hollow markers around it, so that equal values are all seen.
+                look = {"marker": "osD^vP"[i % 6], "s": 12 + 22 * i, "edgecolor": PALETTE[i], "linewidth": 1.2}
+                look["facecolor"] = "none" if i else PALETTE[i]
+                axis.scatter(table[column], places, label=column, zorder=3 - i / 10, **look)
             axis.set_yticks(places, table.index)
+            axis.set_ylim(-0.6, rows - 0.4)
             axis.set_title(title)
             axis.set_xlabel(label)
+            axis.margins(x=0.08)
             if log:
                 axis.set_xscale("log")
-            axis.margins(x=0.08)
+                _plain(axis.xaxis)
+            else:
+                axis.set_xlim(0, 1.08 * most)
         axes[0][0].invert_yaxis()
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        figure.legend(handles, labels, loc="outside upper center", ncols=5)
         _note(figure, note)
     return figure
 
@@ -371,8 +379,9 @@ def curves(
             axis.minorticks_off()
             if column in log:
                 axis.set_yscale("log")
+                _plain(axis.yaxis)
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.1 * table[column].max())
             axis.set_xlabel(x)
             axis.set_ylabel(label)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -390,13 +399,16 @@ def drift(table: pd.DataFrame, note: str = "") -> Figure:
     """
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
-        nodes = table.drop_duplicates("node")
-        place = {node: i for i, node in enumerate(nodes["node"])}
-        clear = table.drop_duplicates("node", keep="last")
-        axis.plot(clear["node"].map(place), clear["scale"], color="0.6", linewidth=1, label="largest clear value")
+        # A module may be called more than once: its calls stand in the order in which the first series made them.
+        table = table.assign(call=table["node"] + "#" + table.groupby(["series", "node"]).cumcount().astype(str))
+        calls = table.drop_duplicates("call")
+        table["place"] = table["call"].map({call: i for i, call in enumerate(calls["call"])})
         for i, (series, part) in enumerate(table.groupby("series", sort=False)):
+            part = part.sort_values("place")
+            if i == 0:
+                axis.plot(part["place"], part["scale"], color="0.6", linewidth=1, label="largest clear value")
             axis.plot(
-                part["node"].map(place),
+                part["place"],
                 part["error"],
                 color=PALETTE[i],
                 dashes=DASHES[i],
@@ -405,16 +417,25 @@ def drift(table: pd.DataFrame, note: str = "") -> Figure:
                 linewidth=1,
                 label=f"largest difference, {series}",
             )
-        starts = nodes.groupby("layer", sort=False)["node"].first().map(place)
-        for start in starts[1:]:
+        layers = table.groupby("layer", sort=False)["place"].agg(["min", "mean"])
+        for start in layers["min"].iloc[1:]:
             axis.axvline(start - 0.5, color="0.85", linewidth=0.6, zorder=0)
-        axis.set_xticks(starts, starts.index, rotation=30, ha="left", rotation_mode="anchor")
-        axis.tick_params(axis="x", length=0, labeltop=False)
+        axis.set_xticks(layers["mean"], layers.index, rotation=30, ha="right", rotation_mode="anchor")
+        axis.tick_params(axis="x", length=0)
         axis.set_yscale("log")
         axis.set_ylabel("activations")
         figure.legend(loc="outside upper center", ncols=3)
         _note(figure, note)
     return figure
+
+
+def _plain(axis: Axis) -> None:
+    """Numbers as they are written, not powers of ten, along a logarithmic axis of few decades."""
+    low, high = sorted(axis.get_view_interval())
+    if high / low < 2000:
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _note(figure: Figure, note: str) -> None:

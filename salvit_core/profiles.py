@@ -23,7 +23,7 @@ class Profile:
         recipe: of every training and of fine-tuning after a search.
         search_epochs: epochs of the search phase, E_NAS.
         seeds: how many seeds the ablations of notebook 02 have; the searches of notebook 03 have one.
-        encrypted: test images that notebook 05 runs on shares with `tuned`; `stock` gets a thirty-second of them.
+        encrypted: test images that notebook 05 runs on shares with `tuned`; `stock` gets a sixty-fourth of them.
     """
 
     name: str

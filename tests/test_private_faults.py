@@ -1,0 +1,202 @@
+"""What goes wrong while parties run: each fault is one error that says so, no process stays and nothing is recorded."""
+
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from textwrap import indent
+
+import psutil
+import pytest
+import torch
+from test_private_launch import TINY, files, free_port
+
+from salvit_core import CCT, preset, private, records
+from salvit_core.private import latency, launch
+
+NUMBER = {"server": 0, "client": 1, "dealer": 2}
+
+
+def parties(port):
+    """The processes of this machine that met at a port, by role."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if f"--meet=127.0.0.1:{port}" in command:
+            found[command[command.index("salvit_core.private.party") + 1]] = process
+    return found
+
+
+def spent(process):
+    """CPU seconds of a process, or None if it has ended."""
+    try:
+        return sum(process.cpu_times()[:2])
+    except psutil.Error:
+        return None
+
+
+class Watch(threading.Thread):
+    """Follows the parties that meet at a port, and kills one once it has spent some CPU seconds.
+
+    CPU time, not time: a loaded machine should not move the moment.
+    """
+
+    def __init__(self, port, victim=None, after=0.0):
+        super().__init__()
+        self.port, self.victim, self.after = port, victim, after
+        self.spent, self.killed, self.ended = {}, None, threading.Event()
+
+    def run(self):
+        found = {}
+        while not self.ended.is_set() and self.killed is None:
+            found = found if self.victim in found else parties(self.port)
+            for role, process in found.items():
+                self.spent[role] = max(self.spent.get(role, 0.0), spent(process) or 0.0)
+            if self.victim in found and self.spent[self.victim] >= self.after:
+                self.killed = time.monotonic()
+                found[self.victim].kill()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Makes a record of one private inference while a `Watch` looks on; records go to an empty folder."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    here = threading.local()
+
+    def infer(*args, **options):
+        return private.infer(*args, **{**options, "timeout": 120, "meet": f"127.0.0.1:{here.port}"})
+
+    monkeypatch.setattr(latency, "infer", infer)
+
+    def make(query, provider, *kill):
+        here.port = free_port("127.0.0.1")
+        watch = Watch(here.port, *kill)
+        watch.start()
+        try:
+            run = latency.LatencyRun(TINY, query, "tuned", provider)
+            return watch, records.ensure("latency", run, latency.measure), None
+        except private.PrivateInferenceError as error:
+            return watch, None, (str(error), time.monotonic())
+        finally:
+            watch.ended.set()
+            watch.join()
+
+    return make
+
+
+def test_a_party_killed_at_any_moment(record, tmp_path):
+    """Twenty kills, spread over all that a party does from its first import to its last message."""
+    watch, kept, error = record(0, "TTP")
+    assert error is None and kept["metrics"]["faithful"]
+    written = list(tmp_path.rglob("*.*"))
+    assert len(written) == 1
+
+    def strike(i):
+        victim = ("server", "client", "server", "client", "dealer")[i % 5]
+        share = (i + random.random()) / 20 * 0.95
+        while True:  # until the kill comes before the end
+            found = record(1 + i, "TTP" if victim == "dealer" else "TFP", victim, share * watch.spent[victim])
+            if found[0].killed is not None:
+                return victim, share, *found
+            share *= 0.8
+
+    with ThreadPoolExecutor(2) as two:
+        for victim, share, seen, kept, error in two.map(strike, range(20)):
+            case = f"{victim} killed at {share:.2f} of its time: {error}"
+            assert kept is None and error is not None, case
+            message, raised = error
+            assert f"party {NUMBER[victim]} ({victim}) was killed by signal 9" in message, case
+            assert "\n" not in message and message.count("was killed by") == 1, case
+            assert raised - seen.killed < 10, case
+            assert not parties(seen.port), case
+    # What the run before them recorded is all there is.
+    assert list(tmp_path.rglob("*.*")) == written
+
+
+def inside(monkeypatch, folder, role, code):
+    """Have a party's process run some code before all else: what goes wrong inside of it."""
+    folder.mkdir()
+    text = f"import sys\nif {role!r} in sys.orig_argv:\n" + indent(code, "    ")
+    (folder / "sitecustomize.py").write_text(text)
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+# A thread that waits for a connection besides the one to the place where they met, and ends them all.
+CUT = """
+import threading
+
+def cut():
+    import os, socket, time
+    import psutil
+    place = int(next(word for word in sys.orig_argv if word.startswith("--meet=")).rpartition(":")[2])
+    peers = []
+    while not peers:
+        time.sleep(0.05)
+        found = [c for c in psutil.Process().net_connections("tcp") if c.status == "ESTABLISHED"]
+        peers = [c for c in found if place not in (c.laddr.port, c.raddr.port)]
+    time.sleep(3)
+    for connection in peers:
+        socket.socket(fileno=os.dup(connection.fd)).shutdown(socket.SHUT_RDWR)
+
+threading.Thread(target=cut, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("protocol", ["stock", "tuned"])
+def test_a_lost_connection(monkeypatch, tmp_path, protocol):
+    inside(monkeypatch, tmp_path / "site", "server", CUT)
+    begin = time.monotonic()
+    with pytest.raises(private.PrivateInferenceError, match="lost the connection to the other party") as caught:
+        private.infer(CCT(preset("cct_7_3x1")), torch.zeros(4, 3, 32, 32), protocol, timeout=100)
+    assert time.monotonic() - begin < 60 and "\n" not in str(caught.value)
+
+
+def test_peers_of_other_versions(monkeypatch, tmp_path):
+    inside(monkeypatch, tmp_path / "site", "client", "import salvit_core\nsalvit_core.__version__ = '0.0.1'\n")
+    options = {role: [*words, "--protocol=tuned"] for role, words in files(tmp_path).items()}
+    with pytest.raises(private.PrivateInferenceError) as caught:
+        launch.run_parties(options, "127.0.0.1", 0, 60, tmp_path)
+    said = str(caught.value).split("; party")
+    assert len(said) == 2
+    assert all("ended with status 1: the parties do not agree: version: " in words for words in said), said
+
+
+def test_peers_of_other_bits(tmp_path):
+    options = {role: [*words, "--protocol=tuned"] for role, words in files(tmp_path).items()}
+    options["server"] += ["--bits=10", "--batch=1"]
+    options["client"] += ["--bits=16", "--batch=1", "--check"]
+    with pytest.raises(private.PrivateInferenceError) as caught:
+        launch.run_parties(options, "127.0.0.1", 0, 60, tmp_path)
+    said = str(caught.value).split("; party")
+    assert len(said) == 2
+    for words in said:
+        assert "do not agree: bits: " in words and "; check: " in words and "batch" not in words, said
+
+
+def test_no_room_for_the_result(monkeypatch, tmp_path):
+    """A file may grow to 4 KiB: less than the client has to write."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+    inside(monkeypatch, tmp_path / "site", "client", limit)
+    options = {role: [*words, "--protocol=tuned"] for role, words in files(tmp_path).items()}
+    with pytest.raises(private.PrivateInferenceError) as caught:
+        launch.run_parties(options, "127.0.0.1", 0, 60, tmp_path)
+    print(caught.value)
+    print(list((tmp_path / "client").iterdir()))
+
+
+def test_two_studies_at_once():
+    networks = []
+    for seed, method in enumerate(("SA softmax", "SAL-ViT B=1")):
+        torch.manual_seed(seed)
+        networks.append((CCT(preset("cct_2_3x1", method)), torch.randn(2, 1, 8, 8)))
+        torch.nn.init.normal_(networks[-1][0].head.weight)
+    with ThreadPoolExecutor(2) as two:
+        results = list(two.map(lambda pair: private.infer(*pair, "tuned"), networks))
+    for (network, pictures), result in zip(networks, results, strict=True):
+        with torch.no_grad():
+            clear = network.eval()(pictures)
+        assert result.faithful and (result.logits - clear).abs().max() < 0.01
+    assert (results[0].logits - results[1].logits).abs().max() > 0.1
