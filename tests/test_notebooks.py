@@ -29,6 +29,19 @@ PICTURES = {
         "figure_6_tuned",
     ],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
+    "05": [
+        "encrypted_accuracy",
+        "encrypted_drift",
+        "encrypted_precision",
+        "table_4_stock_and_tuned",
+        "links_modelled",
+        "links_emulated",
+        "scaling_tokens",
+        "scaling_depth",
+        "scaling_batch",
+        "activation_cost",
+        "cost_bar",
+    ],
 }
 TABLES = {
     "00": [],
@@ -42,6 +55,15 @@ TABLES = {
     "02": ["figure_7_private_cost"],
     "03": ["table_6_search", "table_4_accuracy_latency"],
     "04": ["figure_9_learned_parameters", "figure_9_reset_to_means"],
+    "05": [
+        "encrypted_accuracy",
+        "encrypted_precision",
+        "table_4_encrypted_latency",
+        "links_modelled",
+        "links_emulated",
+        "dealers",
+        "activation_cost",
+    ],
 }
 
 
