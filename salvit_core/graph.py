@@ -1,5 +1,6 @@
 """A model as a torch.fx graph, and where in the network each node stands: what cost counts and protocols run."""
 
+import threading
 from copy import deepcopy
 
 import torch
@@ -43,6 +44,10 @@ _KIND_OF_NAME = {
     "head": "head",
 }
 
+# While torch.fx traces, it replaces nn.Module.__call__ for all threads: another that traces or calls a module meanwhile
+# gets in its way, and may leave the replacement behind. Who works on graphs in several threads holds this.
+TRACING = threading.RLock()
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -65,7 +70,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     model = deepcopy(model).eval()
     try:
         tracer = _Tracer()
-        graph = tracer.trace(model)
+        with TRACING:
+            graph = tracer.trace(model)
     except (fx.proxy.TraceError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     for node in graph.nodes:

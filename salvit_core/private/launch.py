@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..graph import KINDS, trace
+from ..graph import KINDS, TRACING, trace
 from .interpreter import DomainInterpreter, unsupported
 from .network import Link
 from .party import PROTOCOLS, PROVIDERS, ROLES, PartyError, image_problem, listen, write_architecture
@@ -151,7 +151,8 @@ def infer(
     graph = trace(model)
     if broken := [name for name, value in graph.state_dict().items() if not value.isfinite().all()]:
         raise ValueError(f"weights {', '.join(broken[:3])} hold NaN or infinite values: they cannot be shared")
-    clear, violations = _in_the_clear(graph, images, PROTOCOLS[protocol], getattr(model, "config", None))
+    with TRACING:
+        clear, violations = _in_the_clear(graph, images, PROTOCOLS[protocol], getattr(model, "config", None))
 
     with tempfile.TemporaryDirectory(prefix="salvit-") as name:
         folder = Path(name)
@@ -178,7 +179,8 @@ def infer(
         watch = None if progress is None else _reporting(client / "result.pt", progress)
         run_parties({role: options + inputs[role] for role in roles}, host, int(port), timeout, folder, watch)
         found = torch.load(client / "result.pt", weights_only=True)
-        table = _drift(graph, images, protocol, folder) if drift else None
+        with TRACING:
+            table = _drift(graph, images, protocol, folder) if drift else None
 
     queries = pd.DataFrame(found["operations"]).groupby(["query", "layer", "kind"], sort=False).sum().reset_index()
     rows = queries.drop(columns="query").groupby(["layer", "kind"], sort=False).sum().reset_index()

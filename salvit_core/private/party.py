@@ -10,6 +10,7 @@ architecture is public: a JSON file of a CCTConfig, or a graph written by `launc
 """
 
 import argparse
+import io
 import json
 import os
 import socket
@@ -261,9 +262,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _save(what, path: Path) -> None:
+    packed = io.BytesIO()  # torch.save to a full disk speaks of anything but the disk
+    torch.save(what, packed)
     partial = path.with_suffix(".partial")
-    torch.save(what, partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(packed.getbuffer())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PartyError(f"cannot write {path} ({error.strerror}): make room, or write elsewhere") from error
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
