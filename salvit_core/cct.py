@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from .activations import ACTIVATIONS
-from .attention import ATTENTION
+from .attention import ATTENTION, SIZED
 from .attention.headwise import HeadwiseAttention
-from .attention.matmul import MatMul
+from .attention.operations import MatMul
 from .normalizers import L2Q, NORMALIZERS, Softmax
 
 
@@ -43,7 +43,7 @@ class CCTConfig:
     attention: str | tuple[str | tuple[str, ...], ...] = "self"
     normalizer: str = "softmax"
     activation: str = "gelu"  # of the MLP
-    memory: int = 64  # S, slots of external attention
+    memory: int = 64  # S, slots of external attention; what stands for the N tokens in the other mechanisms of `SIZED`
     l2q_granularity: str = "element"
     l2q_learn_c: bool = True
     l2q_learn_d: bool = True
@@ -187,7 +187,7 @@ def attention_of(config: CCTConfig, layer: int) -> nn.Module:
     common = (config.tokens, normalizer_of(config), config.attention_dropout)
     if isinstance(name, tuple):
         return HeadwiseAttention(config.width, name, *common, config.memory)
-    extra = {"memory": config.memory} if name == "external" else {}
+    extra = {"memory": config.memory} if name in SIZED else {}
     return ATTENTION[name](config.width, config.heads, *common, **extra)
 
 

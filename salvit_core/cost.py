@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .activations import LearnedQuad, Quad
-from .attention.matmul import MatMul
+from .attention.operations import MatMul
 from .graph import KINDS, trace
 from .normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 

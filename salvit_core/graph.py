@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from .activations import LearnedQuad, Quad
-from .attention.matmul import MatMul
+from .attention.operations import OPERATIONS
 from .cct import StochasticDepth
 from .normalizers import Normalizer
 
@@ -51,7 +51,7 @@ TRACING = threading.RLock()
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        whole = (Normalizer, MatMul, StochasticDepth, Quad, LearnedQuad)
+        whole = (Normalizer, *OPERATIONS, StochasticDepth, Quad, LearnedQuad)
         return isinstance(module, whole) or super().is_leaf_module(module, name)
 
 

@@ -5,3 +5,6 @@ from .scaling import ScalingAttention
 from .self_attention import SelfAttention
 
 ATTENTION = {"self": SelfAttention, "external": ExternalAttention, "scaling": ScalingAttention}
+
+# Those that let a set of fixed size stand for the N tokens, and take its size as `memory`.
+SIZED = {"external"}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..normalizers import L1, Scaling
 from . import fused
-from .matmul import MatMul
+from .operations import MatMul
 
 
 class SelfHeads(nn.Module):

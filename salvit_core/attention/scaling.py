@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .matmul import MatMul
+from .operations import MatMul
 
 
 class ScalingAttention(nn.Module):

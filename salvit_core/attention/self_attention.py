@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import fused
-from .matmul import MatMul
+from .operations import MatMul
 
 
 class SelfAttention(nn.Module):

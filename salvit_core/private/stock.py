@@ -19,7 +19,7 @@ from crypten.mpc import MPCTensor
 from torch import nn
 
 from ..activations import LearnedQuad, Quad
-from ..attention.matmul import MatMul
+from ..attention.operations import MatMul
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .interpreter import CLIENT, SERVER

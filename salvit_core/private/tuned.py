@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from ..activations import LearnedQuad, Quad
-from ..attention.matmul import MatMul
+from ..attention.operations import MatMul
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .dealing import CLIENT, SERVER, Dealing, new_key, product

@@ -1,0 +1,281 @@
+"""What attention mechanisms compute besides Linear and normalisers, one module per operation.
+
+Each is a module so that a graph, a FLOP count or a private protocol can name it. None depends on the values it is
+given, only on shapes. Letters: B batch, H heads, N tokens, D dimension of a head, m landmarks.
+"""
+
+import functools
+import math
+
+import torch
+from torch import nn
+
+# Keeps sums that may be zero from dividing by zero; the normalisers' eps.
+EPS = 2.0**-14
+
+
+class MatMul(nn.Module):
+    """Matrix product of two activations: the only products in attention in which neither side is a weight."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """(..., N, K) and (..., K, D) -> (..., N, D)."""
+        return left @ right
+
+
+class Multiply(nn.Module):
+    """Product of two activations, entry by entry."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Two tensors that broadcast -> their product."""
+        return left * right
+
+
+class Divide(nn.Module):
+    """Quotient of two activations, entry by entry, the denominator positive: a / (b + eps).
+
+    Args:
+        scale: public estimate of the denominator's size, for protocols that need to know; the result does not
+            depend on it.
+    """
+
+    eps = EPS
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+        """Numerators and denominators >= 0 that broadcast -> their quotients."""
+        return numerator / (denominator + self.eps)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"scale={self.scale:g}"
+
+
+class Exponential(nn.Module):
+    """exp(a - max a), the largest entry along `dims` becoming one: an exponential that cannot overflow.
+
+    Args:
+        dims: how many of the last dimensions the maximum runs over; 0: none is subtracted, and a <= 0 is expected.
+    """
+
+    def __init__(self, dims: int = 1):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(...) -> exponentials of the same shape, at most one."""
+        if self.dims:
+            a = a - a.amax(tuple(range(-self.dims, 0)), keepdim=True).detach()
+        return a.exp()
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"dims={self.dims}"
+
+
+class SquaredNorm(nn.Module):
+    """Sum of squares along the last dimension."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., 1)."""
+        return x.square().sum(-1, keepdim=True)
+
+
+class HeadLinear(nn.Module):
+    """A linear map over the tokens with a matrix of each head's own: W_h x_h.
+
+    Args:
+        heads: number of heads H.
+        inputs: number of tokens N before.
+        outputs: number of rows k after.
+    """
+
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, outputs, inputs))
+        nn.init.trunc_normal_(self.weight, std=inputs**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, k, D)."""
+        return self.weight @ x
+
+
+class TokenConv(nn.Module):
+    """Depth-wise convolution over the tokens, one kernel per head, zeros beyond the ends.
+
+    Args:
+        heads: number of heads H.
+        kernel: number of taps, odd.
+    """
+
+    def __init__(self, heads: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, kernel))
+        nn.init.trunc_normal_(self.weight, std=kernel**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, N, D): y_n = sum_t w_t x_(n + t - kernel // 2)."""
+        heads, kernel = self.weight.shape
+        weight = self.weight[:, None, :, None]  # (H, 1, kernel, 1)
+        return nn.functional.conv2d(x, weight, padding=(kernel // 2, 0), groups=heads)
+
+
+class Gain(nn.Module):
+    """A learnt factor that multiplies an activation.
+
+    Args:
+        shape: of the factor; it broadcasts with the activation.
+        initial: value that it starts from.
+    """
+
+    def __init__(self, shape: tuple[int, ...], initial: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, initial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) -> the same shape."""
+        return self.weight * x
+
+
+class Take(nn.Module):
+    """Rows of an activation by a public table of indices; an index may occur more than once.
+
+    Args:
+        index: the rows to take, plain integers.
+    """
+
+    def __init__(self, index: list[int]):
+        super().__init__()
+        self.index = list(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., len(index), D)."""
+        return x[..., _tensor(tuple(self.index), x.device), :]
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"index={self.index}"
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor(values: tuple, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device="cpu" if device.type == "meta" else device)
+
+
+class SegmentMeans(nn.Module):
+    """Landmarks: the mean of the tokens in each of m segments.
+
+    Where N and m are squares, the segments are the cells of a grid on the image; else they are runs of tokens. Sizes
+    differ by one row or column, or token, where they do not divide.
+
+    Args:
+        tokens: number of tokens N.
+        segments: number of segments m <= N.
+    """
+
+    def __init__(self, tokens: int, segments: int):
+        super().__init__()
+        self.tokens, self.segments = tokens, segments
+
+    def assignment(self) -> list[int]:
+        """The segment of every token."""
+        side, cells = math.isqrt(self.tokens), math.isqrt(self.segments)
+        if side * side == self.tokens and cells * cells == self.segments:
+            place = [i * cells // side for i in range(side)]
+            return [place[i] * cells + place[j] for i in range(side) for j in range(side)]
+        return [i * self.segments // self.tokens for i in range(self.tokens)]
+
+    def matrix(self) -> torch.Tensor:
+        """(m, N): what the tokens are multiplied with, public numbers."""
+        matrix = torch.zeros(self.segments, self.tokens)
+        matrix[self.assignment(), range(self.tokens)] = 1.0
+        return matrix / matrix.sum(1, keepdim=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., m, D)."""
+        return _matrix(self.tokens, self.segments, x.device, x.dtype) @ x
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"tokens={self.tokens}, segments={self.segments}"
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(tokens: int, segments: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return SegmentMeans(tokens, segments).matrix().to(device=device, dtype=dtype)
+
+
+class NewtonInverse(nn.Module):
+    """Inverse of symmetric positive semi-definite matrices plus a ridge, by Newton's iteration Z <- Z (2 I - A Z).
+
+    The start is Z = 1.5 / |A + ridge I| I, |.| the largest row sum: the eigenvalues of A Z lie within (0, 1.5], and
+    each iteration squares the distance of A Z from I. With m landmarks the condition number is at most (m + ridge) /
+    ridge, which 2 + log2 of it iterations overcome.
+
+    Args:
+        iterations: number of steps.
+        ridge: added to the diagonal; without it rounding grows twofold per step wherever A is nearly singular.
+    """
+
+    def __init__(self, iterations: int = 20, ridge: float = 0.1):
+        super().__init__()
+        self.iterations, self.ridge = iterations, ridge
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(..., m, m), entries >= 0 -> (..., m, m)."""
+        one = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
+        a = a + self.ridge * one
+        z = 1.5 / a.sum(-1).amax(-1)[..., None, None].detach() * one
+        for _ in range(self.iterations):
+            z = z @ (2 * one - a @ z)
+        return z
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"iterations={self.iterations}, ridge={self.ridge:g}"
+
+
+class PseudoInverse(nn.Module):
+    """Moore-Penrose inverse of matrices whose rows sum to one: Nystromformer, Eq. 11 (Razavi et al., 2014).
+
+    Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T / (|A|_1 |A|_inf), where |A|_inf, the largest row sum,
+    is one and |A|_1 is the largest column sum.
+
+    Args:
+        iterations: number of steps.
+    """
+
+    def __init__(self, iterations: int = 6):
+        super().__init__()
+        self.iterations = iterations
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(..., m, m), entries >= 0, rows summing to one -> (..., m, m)."""
+        one = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
+        z = a.mT / a.sum(-2).amax(-1)[..., None, None]
+        for _ in range(self.iterations):
+            az = a @ z
+            z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+        return z
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"iterations={self.iterations}"
+
+
+OPERATIONS = (
+    MatMul,
+    Multiply,
+    Divide,
+    Exponential,
+    SquaredNorm,
+    HeadLinear,
+    TokenConv,
+    Gain,
+    Take,
+    SegmentMeans,
+    NewtonInverse,
+    PseudoInverse,
+)
