@@ -3,6 +3,10 @@
 A mixed network computes alpha SA + (1 - alpha) EA everywhere (Eq. 3) and is trained with weight * sum |alpha| in its
 loss (Eq. 5); `select` turns the alphas into an architecture, which is plain data; `extract` makes the plain network
 that holds only the chosen branches; `search` does it all.
+
+Beyond the paper, the choice may be among any mechanisms, each with a price, such as its measured private latency: the
+mixture is sum_c alpha_c branch_c, the loss gets weight * sum price_c |alpha_c| / mean price, and `afford` finds the
+architecture with the largest sum of |alpha| whose prices stay within a budget.
 """
 
 import hashlib
@@ -16,11 +20,12 @@ import torch
 from . import data as datasets
 from .attention.external import ExternalAttention
 from .attention.headwise import ExternalHeads, SelfHeads
-from .attention.mixed import MixedAttention
+from .attention.mixed import ChoiceAttention, MixedAttention
 from .attention.self_attention import SelfAttention
-from .cct import CCT, CCTConfig, normalizer_of
+from .cct import CCT, CCTConfig, attention_of, normalizer_of
 from .training import Recipe, _digest, fit, progress, train
 
+PAIR = ("self", "external")  # the paper's two choices
 GRANULARITIES = ("layer", "head")
 RULES = ("top", "bottom", "random")
 
@@ -33,17 +38,30 @@ class MixedCCT(CCT):
     Args:
         config: the architecture; what it names as attention is ignored.
         granularity: "layer", one alpha per layer (SAS-L), or "head", one per head (SAS-H).
-        initial: value that every alpha starts from; the paper has 0.1.
+        initial: value that every alpha starts from; the paper has 0.1. With other choices it is 1 / their number.
+        choices: names of mechanisms; for each layer, where they are not the paper's two.
 
     Raises:
-        ValueError: unknown granularity.
+        ValueError: unknown granularity, or choices that cannot be searched.
     """
 
-    def __init__(self, config: CCTConfig, granularity: str = "layer", initial: float = 0.1):
+    def __init__(
+        self,
+        config: CCTConfig,
+        granularity: str = "layer",
+        initial: float = 0.1,
+        choices: tuple[str, ...] = PAIR,
+    ):
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity {granularity!r} is unknown: choose from {', '.join(GRANULARITIES)}")
+        self.choices = tuple(choices)
+        if self.choices != PAIR and (granularity != "layer" or len(set(choices)) != len(choices) or len(choices) < 2):
+            raise ValueError(f"choices {choices!r}: give two or more different mechanisms, and granularity 'layer'")
 
-        def attention(config: CCTConfig, layer: int) -> MixedAttention:
+        def attention(config: CCTConfig, layer: int) -> MixedAttention | ChoiceAttention:
+            if self.choices != PAIR:
+                every = {name: replace(config, attention=name) for name in self.choices}
+                return ChoiceAttention({name: attention_of(one, layer) for name, one in every.items()})
             common = (config.tokens, normalizer_of(config), config.attention_dropout)
             if granularity == "head":
                 common = (config.width, config.heads, config.width // config.heads, *common)
@@ -57,44 +75,112 @@ class MixedCCT(CCT):
         self.granularity = granularity
 
     def alphas(self) -> torch.Tensor:
-        """The selection parameters, (L,) or (L, H), as part of the graph: a loss on them has a gradient."""
+        """The selection parameters as part of the graph, so that a loss on them has a gradient.
+
+        (L,), one per head (L, H), or one per choice (L, C) where the choices are not the paper's.
+        """
         alphas = [block.attention.alpha for block in self.blocks]
         return torch.stack([alpha.flatten() if self.granularity == "head" else alpha for alpha in alphas])
 
 
-def mixed(config: CCTConfig, granularity: str = "layer", initial: float = 0.1) -> MixedCCT:
+def mixed(
+    config: CCTConfig, granularity: str = "layer", initial: float = 0.1, choices: tuple[str, ...] = PAIR
+) -> MixedCCT:
     """The network to search; see `MixedCCT`."""
-    return MixedCCT(config, granularity, initial)
+    return MixedCCT(config, granularity, initial, choices)
 
 
 class Penalty:
-    """weight * sum |alpha|, the second term of Eq. 5; made by `penalty`."""
+    """weight * sum |alpha|, the second term of Eq. 5, each choice's weighted by its price; made by `penalty`."""
 
-    def __init__(self, net: MixedCCT, weight: float, released: bool):
-        self.net, self.weight, self.released = net, weight, released
+    def __init__(self, net: MixedCCT, weight: float, released: bool, prices: tuple[float, ...] | None):
+        self.net, self.weight, self.released, self.prices = net, weight, released, prices
 
     def __call__(self) -> torch.Tensor:
         """The term, a scalar."""
         alphas = self.net.alphas()
-        return self.weight * (alphas.detach() if self.released else alphas).abs().sum()
+        sizes = (alphas.detach() if self.released else alphas).abs()
+        if self.prices is not None:
+            sizes = sizes * sizes.new_tensor(self.prices) / (sum(self.prices) / len(self.prices))
+        return self.weight * sizes.sum()
 
     def facts(self) -> dict:
-        """What an epoch's record keeps: alphas, nested lists (L,) or (L, H)."""
+        """What an epoch's record keeps: alphas, nested lists (L,), (L, H) or (L, C)."""
         return {"alphas": self.net.alphas().tolist()}
 
     def __repr__(self) -> str:
-        return f"Penalty(weight={self.weight}, released={self.released})"
+        priced = "" if self.prices is None else f", prices={self.prices}"
+        return f"Penalty(weight={self.weight}, released={self.released}{priced})"
 
 
-def penalty(net: MixedCCT, weight: float = 0.1, released: bool = False) -> Penalty:
+def penalty(
+    net: MixedCCT, weight: float = 0.1, released: bool = False, prices: Sequence[float] | None = None
+) -> Penalty:
     """The L1 term of Eq. 5, to hand to `fit`.
 
     Args:
         net: the network that is searched.
         weight: lambda.
         released: as the published code has it (facts: row 1): the value is there but no gradient reaches alpha.
+        prices: of the network's choices, in any unit; None counts all alike.
+
+    Raises:
+        ValueError: prices that do not fit the choices.
     """
-    return Penalty(net, weight, released)
+    if prices is not None:
+        prices = _prices(net.choices, prices)
+        if net.choices == PAIR:
+            raise ValueError("prices need one alpha per choice: search among more choices than self and external")
+    return Penalty(net, weight, released, prices)
+
+
+def _prices(choices: Sequence[str], prices: Sequence[float]) -> tuple[float, ...]:
+    prices = tuple(float(price) for price in prices)
+    if len(prices) != len(choices) or not all(0 < price < float("inf") for price in prices):
+        raise ValueError(f"prices {prices} do not fit {len(choices)} choices: give one positive number for each")
+    return prices
+
+
+def afford(
+    alphas: torch.Tensor | Sequence, choices: Sequence[str], prices: Sequence[float], budget: float
+) -> Architecture:
+    """One choice per layer so that the sum of |alpha| is largest and the sum of prices stays within the budget.
+
+    Exact: layer by layer it keeps every sum of prices that no cheaper one beats (a multiple-choice knapsack).
+
+    Args:
+        alphas: (L, C).
+        choices: names of the C mechanisms.
+        prices: of the choices, one layer each.
+        budget: for all layers, in the prices' unit.
+
+    Returns:
+        a name per layer. Of equal sums, the cheaper.
+
+    Raises:
+        ValueError: prices or alphas that do not fit the choices, or a budget below the cheapest network's price.
+    """
+    prices = _prices(choices, prices)
+    values = torch.as_tensor(alphas).detach().abs().cpu().double()
+    if values.dim() != 2 or values.shape[1] != len(choices):
+        raise ValueError(f"alphas have shape {tuple(values.shape)}: give (layers, {len(choices)})")
+    cheapest = len(values) * min(prices)
+    if not budget >= cheapest * (1 - 1e-9):
+        raise ValueError(f"budget {budget:g} cannot be met: {len(values)} layers cost at least {cheapest:g}")
+    front = [(0.0, 0.0, ())]  # price, value, names: ascending in both
+    for layer in values.tolist():
+        grown = [
+            (price + more, value + gain, (*names, name))
+            for price, value, names in front
+            for name, more, gain in zip(choices, prices, layer, strict=True)
+        ]
+        grown.sort(key=lambda entry: (entry[0], -entry[1]))
+        front, best = [], -1.0
+        for entry in grown:
+            if entry[1] > best and entry[0] <= budget * (1 + 1e-9):
+                front.append(entry)
+                best = entry[1]
+    return front[-1][2]
 
 
 def select(
@@ -147,7 +233,7 @@ def select(
 
 
 def freeze(net: MixedCCT, chosen: Architecture) -> None:
-    """Set alpha to 1 where `chosen` names self-attention and to 0 elsewhere (Algorithm 1, line 7), in place.
+    """Set the alphas to 1 and 0 so that the mixture computes what `chosen` names (Algorithm 1, line 7), in place.
 
     Raises:
         ValueError: an architecture of another shape than the network's.
@@ -155,7 +241,11 @@ def freeze(net: MixedCCT, chosen: Architecture) -> None:
     chosen = _checked(net, chosen)
     with torch.no_grad():
         for block, names in zip(net.blocks, chosen, strict=True):
-            ones = torch.tensor([float(name == "self") for name in ((names,) if isinstance(names, str) else names)])
+            if net.choices != PAIR:
+                ones = torch.tensor([float(name == names) for name in net.choices])
+            else:
+                names = (names,) if isinstance(names, str) else names
+                ones = torch.tensor([float(name == "self") for name in names])
             block.attention.alpha.copy_(ones.view_as(block.attention.alpha))
 
 
@@ -166,7 +256,7 @@ def extract(net: MixedCCT, chosen: Architecture) -> CCT:
 
     Args:
         net: the searched network; it is not changed.
-        chosen: a name per layer, or per head, such as `select` returns.
+        chosen: a name per layer, or per head, such as `select` or `afford` returns.
 
     Raises:
         ValueError: an architecture of another shape than the network's.
@@ -205,9 +295,10 @@ def _checked(net: MixedCCT, chosen: Architecture) -> Architecture:
     kinds = {name for names in chosen for name in ((names,) if isinstance(names, str) else names)}
     sizes = {isinstance(names, str) or len(names) for names in chosen}
     wanted = {True} if net.granularity == "layer" else {net.config.heads}
-    if len(chosen) != net.config.layers or kinds - {"self", "external"} or sizes != wanted:
+    if len(chosen) != net.config.layers or kinds - set(net.choices) or sizes != wanted:
         unit = "layers" if net.granularity == "layer" else f"layers, each of {net.config.heads} heads"
-        raise ValueError(f"{chosen!r} does not fit: name self or external for {net.config.layers} {unit}")
+        names = " or ".join(net.choices)
+        raise ValueError(f"{chosen!r} does not fit: name {names} for {net.config.layers} {unit}")
     return chosen
 
 
@@ -216,7 +307,7 @@ def search(
     data: "datasets.Data",
     search_recipe: Recipe,
     finetune_recipe: Recipe,
-    budget: int,
+    budget: int | float,
     granularity: str = "layer",
     weight: float = 0.1,
     rule: str | Sequence = "top",
@@ -224,6 +315,8 @@ def search(
     folder: str | Path | None = None,
     released: bool = False,
     teacher: CCT | None = None,
+    choices: tuple[str, ...] = PAIR,
+    prices: Sequence[float] | None = None,
 ) -> dict:
     """Algorithm 1 from end to end: train the mixture, select, extract, fine-tune with a fresh optimizer, test once.
 
@@ -235,15 +328,17 @@ def search(
         data: the images.
         search_recipe: of the first phase, E_NAS epochs; the alphas are those of its last epoch.
         finetune_recipe: of the second phase, E_FT epochs.
-        budget: B, how many layers, or heads, get self-attention.
+        budget: B, how many layers, or heads, get self-attention; with prices, what all layers' attention may cost.
         granularity: "layer" (SAS-L) or "head" (SAS-H).
         weight: lambda of Eq. 5.
-        rule: as in `select`.
+        rule: as in `select`; with prices, `afford` selects.
         seed: of initial weights and the random rule, and in place of both recipes' own.
         folder: where the checkpoints go.
         released: do what the published code does (facts: rows 1, 2 and 5): the L1 term has no gradient, weight decay
             acts on c, d and alpha too, and fine-tuning runs both branches, alpha frozen to 1 and 0.
         teacher: a trained network to distil from, in each phase whose recipe distils.
+        choices: as in `mixed`.
+        prices: of the choices; needed where these are not the paper's two.
 
     Returns:
         plain data: architecture (as `CCTConfig.attention`), alphas (the last), trajectory (alphas after each epoch of
@@ -251,7 +346,7 @@ def search(
         finetune (`train`'s result), test_accuracy (%); and network, the trained CCT, not plain data.
 
     Raises:
-        ValueError: a checkpoint of another search, or as `select` and `fit`.
+        ValueError: a checkpoint of another search, prices missing or too many, or as `select`, `afford` and `fit`.
         FloatingPointError: as `fit`.
     """
     changes = {"seed": seed, **({"decay_all": True} if released else {})}
@@ -259,23 +354,30 @@ def search(
     finetune_recipe = replace(finetune_recipe, **changes)
     # The mixture is the same whatever attention the configuration names: one checkpoint serves them all.
     torch.manual_seed(seed)
-    net = mixed(replace(config, attention="self"), granularity)
-    select(net.alphas(), budget, rule)  # an impossible budget is refused before the long phase, not after it
+    net = mixed(replace(config, attention="self"), granularity, choices=choices)
+    if (prices is None) != (net.choices == PAIR):
+        raise ValueError("give prices with choices other than self and external, and only then")
+
+    def architecture(alphas: torch.Tensor) -> Architecture:
+        return select(alphas, budget, rule, seed) if prices is None else afford(alphas, net.choices, prices, budget)
+
+    architecture(net.alphas())  # an impossible budget is refused before the long phase, not after it
 
     epochs = fit(
         net,
         data,
         search_recipe,
         teacher if search_recipe.distill_logits or search_recipe.distill_features else None,
-        penalty(net, weight, released),
+        penalty(net, weight, released, prices),
         folder and Path(folder) / "nas.pt",
     )
     history = list(progress(epochs, search_recipe, "search"))
 
     alphas = net.alphas().detach()
-    chosen = select(alphas, budget, rule, seed)
+    chosen = architecture(alphas)
     # Named by what it starts from and how it goes on as well: another search's weights, or recipe, is another run.
     letters = "-".join("".join(name[0] for name in ((names,) if isinstance(names, str) else names)) for names in chosen)
+    letters += "" if net.choices == PAIR else f"_{hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]}"
     taught = "" if teacher is None else _digest(*teacher.state_dict().values())
     how = hashlib.sha256(repr((finetune_recipe, taught)).encode()).hexdigest()[:8]
     start = f"finetune_{letters}_{_digest(*net.state_dict().values())}_{how}.pt"

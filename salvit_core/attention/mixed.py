@@ -1,4 +1,4 @@
-"""Both attentions at once, mixed by a learnt alpha: a layer of the network that is searched (SAL-ViT, Eq. 3)."""
+"""Several attentions at once, mixed by learnt alphas: a layer of the network that is searched (SAL-ViT, Eq. 3)."""
 
 import torch
 from torch import nn
@@ -33,3 +33,23 @@ class MixedAttention(nn.Module):
         """Tokens (B, N, M) -> tokens (B, N, M)."""
         mixed = self.alpha * self.self_attention(x) + (1 - self.alpha) * self.external_attention(x)
         return mixed if mixed.dim() == 3 else mixed.transpose(1, 2).flatten(2)  # heads are concatenated
+
+
+class ChoiceAttention(nn.Module):
+    """sum_c alpha_c branch_c(x) over any set of mechanisms, every alpha unconstrained: Eq. 3 for more than two.
+
+    Args:
+        branches: name to mechanism, (B, N, M) -> (B, N, M).
+    """
+
+    def __init__(self, branches: dict[str, nn.Module]):
+        super().__init__()
+        self.names = tuple(branches)
+        for name, branch in branches.items():
+            self.add_module(f"{name}_attention", branch)
+        self.alpha = nn.Parameter(torch.full((len(branches),), 1 / len(branches)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> tokens (B, N, M)."""
+        branches = [getattr(self, f"{name}_attention") for name in self.names]
+        return sum(alpha * branch(x) for alpha, branch in zip(self.alpha, branches, strict=True))
