@@ -18,7 +18,7 @@ import torch
 
 from salvit_core import CCT, preset, private, profiles, records, runs
 from salvit_core.private import LINKS
-from salvit_core.private.evaluate import EvaluationRun, ensure
+from salvit_core.private.evaluation import EvaluationRun, ensure
 
 METHODS = ("SAL-ViT B=3", "SA softmax")
 PROTOCOLS = ("stock", "tuned")

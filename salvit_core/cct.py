@@ -1,4 +1,6 @@
-"""The compact convolutional transformer, CCT (Hassani et al.; SAL-ViT, Section 4), as the study's one backbone.
+"""The compact convolutional transformer, CCT (Hassani et al.; SAL-ViT, Section 4), and the configurations of networks.
+
+The paper's backbone. `vit` has the other one; what both are made of, and how they are named, is here.
 
 Letters in the shape comments: B batch, C channels, N tokens, M dimension of the model, H heads, D of a head.
 """
@@ -19,12 +21,12 @@ from .normalizers import L2Q, NORMALIZERS, Softmax
 
 
 @dataclass(frozen=True)
-class CCTConfig:
-    """Everything that fixes a CCT's architecture, as plain data: JSON in a record, public to both parties.
+class TransformerConfig:
+    """What the configurations of all backbones share.
 
     `attention` is one name for all layers or one entry per layer; it is kept as one entry per layer. An entry that is
     itself a sequence names "self" or "external" for each head (SAS-H). The `l2q_` fields matter only where `normalizer`
-    is "l2q".
+    is "l2q". A backbone's own configuration adds `tokens`, N.
 
     Raises:
         ValueError: a name that is not known, or sizes that do not fit together.
@@ -33,9 +35,6 @@ class CCTConfig:
     image: int = 32  # side, pixels
     channels: int = 3
     classes: int = 10
-    convolutions: int = 1  # each followed by ReLU and a 3x3 max-pool of stride 2
-    kernel: int = 3
-    stride: int = 1
     layers: int = 7
     width: int = 256  # M
     heads: int = 4
@@ -70,6 +69,22 @@ class CCTConfig:
             raise ValueError(f"activation {self.activation!r} is unknown: choose from {', '.join(ACTIVATIONS)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads: choose one that is")
+
+
+@dataclass(frozen=True)
+class CCTConfig(TransformerConfig):
+    """Everything that fixes a CCT's architecture, as plain data: JSON in a record, public to both parties.
+
+    Raises:
+        ValueError: as `TransformerConfig`, or an image too small to leave a token.
+    """
+
+    convolutions: int = 1  # each followed by ReLU and a 3x3 max-pool of stride 2
+    kernel: int = 3
+    stride: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.tokens < 1:
             raise ValueError(f"an image of {self.image} pixels leaves no tokens: use fewer convolutions or strides")
 
@@ -83,6 +98,27 @@ class CCTConfig:
         return side * side
 
 
+@dataclass(frozen=True)
+class ViTConfig(TransformerConfig):
+    """Everything that fixes a plain vision transformer's architecture (`vit.ViT`), as plain data.
+
+    Raises:
+        ValueError: as `TransformerConfig`, or an image that patches do not tile.
+    """
+
+    patch: int = 4  # side, pixels
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch < 1 or self.image < 1 or self.image % self.patch:
+            raise ValueError(f"an image of {self.image} pixels is not a multiple of patches of {self.patch}")
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches of one image, and the class token."""
+        return (self.image // self.patch) ** 2 + 1
+
+
 PRESETS = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
@@ -94,6 +130,9 @@ PRESETS = {
     "cct_14_7x2": dict(
         image=224, classes=1000, convolutions=2, kernel=7, stride=2, layers=14, width=384, heads=6, mlp_ratio=3.0
     ),
+    # Plain vision transformers: 16 patches and the class token on 8x8 digits, 64 and it on CIFAR.
+    "vit_2": dict(patch=2, image=8, channels=1, layers=2, width=32, heads=2, memory=8),
+    "vit_tiny": dict(patch=4, layers=4, width=48, heads=4, mlp_ratio=4.0, memory=16),
 }
 
 # The paper's rows. Where a budget B of self-attention layers stands, the paper's search chose them but it does not say
@@ -114,32 +153,66 @@ METHODS = {
     "SAL-ViT B=1": dict(attention=1, normalizer="l2q"),
 }
 
+# Efficient attention with its own paper's normaliser: the other rows of Table 2, and what is compared besides.
+MECHANISMS = {
+    "Linformer": dict(attention="linformer"),
+    "Linformer, heads": dict(attention="linformer_heads"),
+    "CosFormer": dict(attention="cosformer"),
+    "Hamburger": dict(attention="hamburger"),
+    "SOFT": dict(attention="soft"),
+    "Performer": dict(attention="performer"),
+    "Performer ReLU": dict(attention="performer_relu"),
+    "Nystromformer": dict(attention="nystromformer"),
+    "Dilated hybrid": dict(attention="dilated"),
+    "Linformer L2Q": dict(attention="linformer", normalizer="l2q"),
+    "Nystromformer L2Q": dict(attention="nystromformer", normalizer="l2q"),
+    "Dilated L2Q": dict(attention="dilated", normalizer="l2q"),
+    "SA separate": dict(attention="standard"),
+}
+ROWS = METHODS | MECHANISMS
 
-def preset(name: str, method: str | None = None, **changes) -> CCTConfig:
+
+def config_of(fields: dict) -> TransformerConfig:
+    """A configuration from its fields, such as JSON of one holds: of a ViT if `patch` is among them, else of a CCT.
+
+    Raises:
+        ValueError: unknown field or value.
+    """
+    made = ViTConfig if "patch" in fields else CCTConfig
+    known = {field.name for field in dataclasses.fields(made)}
+    if unknown := set(fields) - known:
+        names = f"{', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"
+        raise ValueError(f"{made.__name__} has no field {names}")
+    return made(**fields)
+
+
+def preset(name: str, method: str | None = None, **changes) -> TransformerConfig:
     """A named configuration, with changes.
 
     Args:
-        name: a key of `PRESETS`, such as "cct_7_3x1".
-        method: a row of the paper, a key of `METHODS`, such as "SA softmax" or "SAL-ViT B=3".
-        changes: fields of `CCTConfig` to set, such as attention="external" or classes=100.
+        name: a key of `PRESETS`, such as "cct_7_3x1" or "vit_tiny".
+        method: a row of the tables, a key of `METHODS` or `MECHANISMS`, such as "SA softmax" or "Linformer".
+        changes: fields of the configuration to set, such as attention="external" or classes=100.
+
+    Returns:
+        a `CCTConfig` or a `ViTConfig`, whichever `name` is.
 
     Raises:
         ValueError: unknown name, method, field or value.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown: choose from {', '.join(PRESETS)}")
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: choose from {', '.join(METHODS)}")
-    known = {field.name for field in dataclasses.fields(CCTConfig)}
-    if unknown := set(changes) - known:
-        raise ValueError(f"CCTConfig has no field {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
-    fields = {**PRESETS[name], **(METHODS[method] if method else {}), **changes}
+    if method is not None and method not in ROWS:
+        raise ValueError(f"method {method!r} is unknown: choose from {', '.join(ROWS)}")
+    if "patch" in changes and "patch" not in PRESETS[name]:
+        raise ValueError(f"{name} is a CCT, which has no field patch")
+    fields = {**PRESETS[name], **(ROWS[method] if method else {}), **changes}
     if isinstance(budget := fields.get("attention"), int):
-        layers = fields.get("layers", CCTConfig.layers)
+        layers = fields.get("layers", TransformerConfig.layers)
         if not 0 <= budget <= layers:
             raise ValueError(f"a budget of {budget} self-attention layers: {name} has {layers}")
         fields["attention"] = ("self",) * budget + ("external",) * (layers - budget)
-    return CCTConfig(**fields)
+    return config_of(fields)
 
 
 class StochasticDepth(nn.Module):
@@ -173,7 +246,7 @@ class Tokenizer(nn.Sequential):
         return super().forward(images).flatten(2).transpose(1, 2)
 
 
-def normalizer_of(config: CCTConfig) -> Callable[..., nn.Module]:
+def normalizer_of(config: TransformerConfig) -> Callable[..., nn.Module]:
     """The configuration's normaliser, still to be given dim, heads and shape."""
     options = {}
     if config.normalizer == "l2q":
@@ -181,7 +254,7 @@ def normalizer_of(config: CCTConfig) -> Callable[..., nn.Module]:
     return partial(NORMALIZERS[config.normalizer], **options)
 
 
-def attention_of(config: CCTConfig, layer: int) -> nn.Module:
+def attention_of(config: TransformerConfig, layer: int) -> nn.Module:
     """The attention, (B, N, M) -> (B, N, M), that the configuration names for a layer (from 0)."""
     name = config.attention[layer]
     common = (config.tokens, normalizer_of(config), config.attention_dropout)
@@ -194,7 +267,7 @@ def attention_of(config: CCTConfig, layer: int) -> nn.Module:
 class Block(nn.Module):
     """Attention and MLP. Unlike in a pre-norm block, the second norm replaces the residual stream (as published)."""
 
-    def __init__(self, config: CCTConfig, layer: int, attention: nn.Module):
+    def __init__(self, config: TransformerConfig, layer: int, attention: nn.Module):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
         drop = config.stochastic_depth * layer / max(1, config.layers - 1)
@@ -229,6 +302,34 @@ class SequencePool(nn.Module):
         return self.values(weights.transpose(1, 2), x).squeeze(1)
 
 
+def initialize(model: nn.Module, position: float) -> None:
+    """Initial weights of a network with `position`, and one pair of c and d for all its layers if L2Q's are global.
+
+    Args:
+        model: a CCT or a ViT.
+        position: standard deviation of the position embedding.
+    """
+    nn.init.trunc_normal_(model.position, std=position)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    redraw(model)  # what is drawn from a distribution of its own, and not learnt, is no weight like the others
+    pairs = [module for module in model.modules() if isinstance(module, L2Q) and module.granularity == "global"]
+    for module in pairs[1:]:
+        module.c, module.d = pairs[0].c, pairs[0].d
+
+
+def redraw(model: nn.Module) -> None:
+    """Draw anew what mechanisms draw at random, such as Performer's features: calls `redraw` where a module has it."""
+    for module in model.modules():
+        if hasattr(module, "redraw"):
+            module.redraw()
+
+
 class CCT(nn.Module):
     """Tokenizer, position embedding, blocks, norm, sequence pooling, linear head.
 
@@ -246,23 +347,7 @@ class CCT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.pool = SequencePool(config.width)
         self.head = nn.Linear(config.width, config.classes)
-        self._initialize()
-        self._share_global_l2q()
-
-    def _initialize(self) -> None:
-        nn.init.trunc_normal_(self.position, std=0.2)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-
-    def _share_global_l2q(self) -> None:
-        pairs = [module for module in self.modules() if isinstance(module, L2Q) and module.granularity == "global"]
-        for module in pairs[1:]:
-            module.c, module.d = pairs[0].c, pairs[0].d
+        initialize(self, position=0.2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, height, width) -> logits (B, classes)."""

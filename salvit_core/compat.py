@@ -3,9 +3,11 @@
 `repair()` is safe to call more than once and where nothing is broken.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -21,6 +23,24 @@ def torchvision(module: str) -> ModuleType:
     """A module of torchvision, such as "datasets", imported late: models and digits need none of it."""
     repair()
     return importlib.import_module(f"torchvision.{module}")
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep torch.compile's machinery from being imported.
+
+    On the meta device torch finds shapes with Python functions that import it, 2 s, to be told to leave them alone.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in.disable = lambda function, *_, **__: function
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def _alias_onnx_registration() -> None:

@@ -14,7 +14,22 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .activations import LearnedQuad, Quad
-from .attention.operations import MatMul
+from .attention.operations import (
+    Divide,
+    Exponential,
+    Gain,
+    HeadLinear,
+    MatMul,
+    Multiply,
+    NewtonInverse,
+    PseudoInverse,
+    Reweight,
+    SegmentMeans,
+    SquaredNorm,
+    Take,
+    TokenConv,
+    TokenSum,
+)
 from .graph import KINDS, trace
 from .normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 
@@ -30,11 +45,15 @@ def flops(model: nn.Module, convention: str = "paper", images: torch.Tensor | No
     """FLOPs of one forward pass of one image.
 
     Args:
-        model: a CCT, or any module if `images` is given.
+        model: a CCT, a ViT, or any module if `images` is given.
         convention: "paper", the rules that reproduce Table 7: 2 per multiply-add of Linear and Conv2d, the products
             QK^T and AV not counted; per element LayerNorm 2, GELU, ReLU, scale of the scores and residual addition 1;
             normalisers 3 (softmax; square, sum, divide), 2Quad 4, L2Q 3 plus one per element of C and D; max-pooling,
-            the position embedding and external attention's second (L1) normalisation nothing.
+            the position embedding, a class token and external attention's second (L1) normalisation nothing.
+            What the paper has no row for is counted in its spirit: 2 per multiply-add of what has weights (HeadLinear,
+            TokenConv), nothing for products of activations (so nothing for NewtonInverse and PseudoInverse, which
+            consist of them) and for taking rows; per element Exponential, Divide, Multiply, Gain, Reweight and
+            subtraction 1; per element summed SquaredNorm 2, TokenSum and SegmentMeans 1.
             "torch", torch.utils.flop_counter: every matrix product and convolution, nothing else.
         images: (B, C, height, width), only their shape counts; taken from `model.config` if left out.
 
@@ -62,7 +81,8 @@ def _one_image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, config.channels, config.image, config.image, device=device)
 
 
-# FLOPs per output element in the paper's convention; Linear, Conv2d and L2Q also depend on their weights.
+# FLOPs per output element in the paper's convention; those of Linear, Conv2d, HeadLinear, TokenConv and L2Q also depend
+# on their weights.
 _PER_ELEMENT = {
     Softmax: 3,
     TwoQuad: 4,
@@ -76,7 +96,20 @@ _PER_ELEMENT = {
     LearnedQuad: 4,
     nn.ReLU: 1,
     MatMul: 0,
+    Multiply: 1,
+    Divide: 1,
+    Exponential: 1,
+    Gain: 1,
+    Reweight: 1,
+    Take: 0,
+    NewtonInverse: 0,
+    PseudoInverse: 0,
 }
+
+# The same per input element, for what adds up.
+_PER_INPUT = {SquaredNorm: 2, TokenSum: 1, SegmentMeans: 1}
+
+_ELEMENTWISE = {operator.mul, operator.add, operator.sub}
 
 
 class _PaperFlops(fx.Interpreter):
@@ -95,11 +128,16 @@ class _PaperFlops(fx.Interpreter):
                 count = 2 * module.in_features * result.numel()
             elif isinstance(module, nn.Conv2d):
                 count = 2 * module.weight[0].numel() * result.numel()
+            elif isinstance(module, HeadLinear | TokenConv):  # (H, k, N), (H, taps): the last is what is summed over
+                count = 2 * module.weight.shape[-1] * result.numel()
+            elif type(module) in _PER_INPUT:
+                (x,), _ = self.fetch_args_kwargs_from_env(node)
+                count = _PER_INPUT[type(module)] * x.numel()
             else:
                 count = _PER_ELEMENT.get(type(module), 0) * result.numel()
                 if isinstance(module, L2Q):
                     count += sum(parameter.numel() for parameter in module.parameters())
-        elif node.target is operator.mul or (node.target is operator.add and node.meta["layer"] != "tokenizer"):
+        elif node.target in _ELEMENTWISE and node.meta["layer"] != "tokenizer":
             count = result.numel()
         self.flops[node] = count
         return result

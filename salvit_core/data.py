@@ -93,7 +93,7 @@ def load(
         protocol: "held-out", or "released": train on the whole training set and validate on the test set, as the
             published code does (facts, section 1, row 9). Numbers of the two do not compare.
         image: side in pixels to which images are resized, once (bilinear, antialiased); None leaves them, but for
-            "imagenet", whose images have no common size: 224.
+            ImageNet and its parts, whose images have no common size: 224.
 
     Raises:
         FileNotFoundError: the data set is not there and cannot be had, or a file of it is missing.
@@ -416,12 +416,12 @@ def _fetch_tiny_imagenet(root: Path) -> None:
         ) from error
 
 
-def _imagenet(root: Path, seed: int, image: int | None) -> Source:
-    """A folder train/<class>/* and val/<class>/*: ImageNet, or any set of that layout, as root/imagenet.
+def _imagenet(name: str, root: Path, seed: int, image: int | None) -> Source:
+    """A folder train/<class>/* and val/<class>/*, root/<name>: ImageNet, or a part of it such as Imagenette.
 
     All images are decoded into memory: 0.15 MB each at 224 pixels, 200 GB for ImageNet's 1.3 million.
     """
-    folder = root / "imagenet"
+    folder = root / name
     layout = f"{folder}/train/<class>/*.JPEG and {folder}/val/<class>/*.JPEG"
     parts = []
     for part in ("train", "val"):
@@ -437,7 +437,7 @@ def _imagenet(root: Path, seed: int, image: int | None) -> Source:
     paths = [[Path(path) for path, _ in part.samples] for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
     side = image or 224
-    _require(3 * side * side * sum(map(len, paths)), f"imagenet at {side} pixels")
+    _require(3 * side * side * sum(map(len, paths)), f"{name} at {side} pixels")
     return Source(paths[0], labels[0], paths[1], labels[1], len(train.classes), decode=_decoder(side))
 
 
@@ -447,7 +447,7 @@ DATA = {
     "cifar10": functools.partial(_cifar, "CIFAR10"),
     "cifar100": functools.partial(_cifar, "CIFAR100"),
     "tiny_imagenet": _tiny_imagenet,
-    "imagenet": _imagenet,
+    **{name: functools.partial(_imagenet, name) for name in ("imagenet", "imagenet100", "imagenette")},
 }
 
 

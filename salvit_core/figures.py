@@ -196,13 +196,17 @@ def trajectories(table: pd.DataFrame, note: str = "") -> Figure:
     return figure
 
 
-def accuracy_against(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
-    """Accuracy against private latency, one panel per source, so that sources are never mixed on one axis.
+def accuracy_against(
+    panels: dict[str, pd.DataFrame], note: str = "", labels: dict[str, str] | None = None, log: bool = False
+) -> Figure:
+    """Accuracy against a cost, one panel per source or cost, so that sources are never mixed on one axis.
 
     Args:
-        panels: title to a table with columns method, x (latency, seconds), accuracy (percent) and series: rows of one
+        panels: title to a table with columns method, x (the cost), accuracy (percent) and series: rows of one
             series are joined by a line and named where their method differs from it.
         note: what was measured.
+        labels: title to what x is; private latency in seconds where it is left out.
+        log: logarithmic cost axes.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
@@ -224,7 +228,10 @@ def accuracy_against(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
                     place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 5.5}
                     axis.annotate(row["method"], (row["x"], row["accuracy"]), **place)
             axis.set_title(title)
-            axis.set_xlabel("private latency (s)")
+            axis.set_xlabel((labels or {}).get(title, "private latency (s)"))
+            if log:
+                axis.set_xscale("log")
+                _plain(axis.xaxis)
             axis.set_ylabel("test accuracy (%)")
             axis.margins(x=0.15, y=0.12)
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
@@ -425,6 +432,28 @@ def drift(table: pd.DataFrame, note: str = "") -> Figure:
         axis.set_yscale("log")
         axis.set_ylabel("activations")
         figure.legend(loc="outside upper center", ncols=3)
+        _note(figure, note)
+    return figure
+
+
+def map_grid(images: list[np.ndarray], rows: dict[str, list[np.ndarray]], note: str = "") -> Figure:
+    """Images, and below each what every mechanism attends to in it.
+
+    Args:
+        images: (height, width) or (height, width, 3), from 0 to 1.
+        rows: name to one map (side, side) per image; each map has its own scale, from its least to its largest value.
+        note: what was measured.
+    """
+    with plt.rc_context(STYLE):
+        lines = {"image": images, **rows}
+        size = min(0.9, 6.0 / len(images))
+        shape = (1.1 + size * len(images), 0.5 + size * len(lines))
+        figure, axes = plt.subplots(len(lines), len(images), figsize=shape, squeeze=False, layout="constrained")
+        for line, (name, pictures) in zip(axes, lines.items(), strict=True):
+            for axis, picture in zip(line, pictures, strict=True):
+                axis.imshow(picture, cmap="gray" if name == "image" else "cividis", interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         _note(figure, note)
     return figure
 

@@ -33,10 +33,31 @@ _KIND_OF_NAME = {
     "norm2": "LayerNorm",
     "qkv": "projection",
     "query": "projection",
+    "key": "projection",
+    "value": "projection",
+    "lower": "projection",  # Hamburger's
     "projection": "projection",
+    "gather": "scores",  # dilated attention's windows, and back
+    "landmarks": "scores",
+    "reduction": "scores",  # Linformer's
+    "norms": "scores",
     "scores": "scores",
     "normalizer": "normaliser",
     "l1": "normaliser",
+    # Feature maps, kernels and inverses stand in the normaliser's place, Hamburger's iterations too.
+    "features": "normaliser",
+    "relu": "normaliser",
+    "reweight": "normaliser",
+    "exponentials": "normaliser",
+    "kernel": "normaliser",
+    "sum": "normaliser",
+    "denominator": "normaliser",
+    "inverse": "normaliser",
+    "code_updates": "normaliser",
+    "base_updates": "normaliser",
+    "conv": "values",
+    "gate": "values",
+    "scatter": "values",
     "values": "values",
     "mlp": "MLP",
     "activation": "activation",
@@ -89,7 +110,7 @@ def _place(path: str) -> tuple[str, str]:
         layer = f"block {int(names[1]) + 1}"
     else:
         layer = names[0] or "tokenizer"
-    if "pool" in names:
+    if names[0] == "pool":
         return layer, "pooling"
     for name in reversed(names):
         if name in _KIND_OF_NAME:

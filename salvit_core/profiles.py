@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .cct import METHODS, CCTConfig
-from .runs import SearchRun, TrainRun, network
+from .cct import METHODS, TransformerConfig
+from .runs import ChoiceRun, SearchRun, TrainRun, network
 from .training import Recipe
 
 
@@ -39,21 +39,29 @@ class Profile:
     seeds: int = 3
     encrypted: int = 256
 
-    def config(self, data: str, method: str | None = None, **changes) -> CCTConfig:
+    def config(self, data: str, method: str | None = None, **changes) -> TransformerConfig:
         """The network that this profile trains on a data set."""
         return network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
 
-    def training(self, data: str, config: CCTConfig, seed: int = 0, **changes) -> TrainRun:
+    def training(self, data: str, config: TransformerConfig, seed: int = 0, **changes) -> TrainRun:
         """One network trained from scratch; `changes` are fields of `Recipe`, or `teacher`."""
         teacher = changes.pop("teacher", None)
         return TrainRun(data, config, _recipe(self.recipe, seed=seed, **changes), self.images, teacher)
 
-    def search(self, data: str, config: CCTConfig, budget: int, seed: int = 0, **changes) -> SearchRun:
+    def search(self, data: str, config: TransformerConfig, budget: int, seed: int = 0, **changes) -> SearchRun:
         """One search; `changes` are fields of `SearchRun`, or fields of its fine-tuning's `Recipe`."""
         of_run = {name: changes.pop(name) for name in list(changes) if name in SearchRun.__dataclass_fields__}
         first = _recipe(self.recipe, seed=seed, epochs=self.search_epochs, keep="last")
         second = _recipe(self.recipe, seed=seed, **changes)
         return SearchRun(data, config, first, second, budget, images=self.images, **of_run)
+
+    def choice(
+        self, data: str, config: TransformerConfig, prices: dict[str, float], budget: float, seed: int = 0
+    ) -> ChoiceRun:
+        """One search among the mechanisms that `prices` names."""
+        first = _recipe(self.recipe, seed=seed, epochs=self.search_epochs, keep="last")
+        second = _recipe(self.recipe, seed=seed)
+        return ChoiceRun(data, config, first, second, tuple(prices), tuple(prices.values()), budget, images=self.images)
 
 
 # Data sets of larger images have the paper's networks for them in every profile.

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
+from . import cost, learned, records, sas, training
 from . import data as datasets
-from . import learned, records, sas, training
-from .cct import CCT, CCTConfig, preset
+from .cct import TransformerConfig, config_of, preset
 from .training import Recipe
+from .vit import build
 
-# Side in pixels (Tiny-ImageNet and ImageNet resized as in the paper), channels and classes: what fixes a network, so
-# that records can be looked up where the images are not.
+# Side in pixels (Tiny-ImageNet and ImageNet resized as in the paper, ImageNet's parts for a laptop), channels and
+# classes: what fixes a network, so that records can be looked up where the images are not.
 SHAPES = {
     "digits": (8, 1, 10),
     "fashion_mnist": (28, 1, 10),
@@ -27,8 +29,10 @@ SHAPES = {
     "cifar100": (32, 3, 100),
     "tiny_imagenet": (224, 3, 200),
     "imagenet": (224, 3, 1000),
+    "imagenet100": (64, 3, 100),
+    "imagenette": (64, 3, 10),
 }
-RESIZED = ("tiny_imagenet", "imagenet")
+RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class TrainRun:
     """
 
     data: str
-    network: CCTConfig
+    network: TransformerConfig
     recipe: Recipe
     images: int = 0
     teacher: "TrainRun | None" = None
@@ -74,7 +78,7 @@ class SearchRun:
     """
 
     data: str
-    network: CCTConfig
+    network: TransformerConfig
     search: Recipe
     finetune: Recipe
     budget: int
@@ -109,6 +113,60 @@ class LearnedRun:
         return self.trained.seed
 
 
+@dataclass(frozen=True)
+class ChoiceRun:
+    """One search among any mechanisms within a budget (`sas.search` with prices).
+
+    Attributes:
+        data: as in `TrainRun`.
+        network: as in `SearchRun`.
+        search: as in `SearchRun`.
+        finetune: as in `SearchRun`.
+        choices: names of the mechanisms.
+        prices: of one layer of each, such as its private latency in seconds.
+        budget: for all layers, in the prices' unit.
+        weight: of the L1 term.
+        images: as in `TrainRun`.
+    """
+
+    data: str
+    network: TransformerConfig
+    search: Recipe
+    finetune: Recipe
+    choices: tuple[str, ...]
+    prices: tuple[float, ...]
+    budget: float
+    weight: float = 0.1
+    images: int = 0
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in both phases."""
+        return self.finetune.seed
+
+
+@dataclass(frozen=True)
+class ClearRun:
+    """What one network with random weights costs in the clear, on this machine's processor (`cost`).
+
+    Attributes:
+        network: the architecture.
+        batches: images at a time whose latency is measured.
+        repeats: forward passes per batch size, after some to warm up.
+        alone: only the attention of the first layer, on random tokens.
+        seed: of the weights and of the images.
+    """
+
+    network: TransformerConfig
+    batches: tuple[int, ...] = (1, 64)
+    repeats: int = 10
+    alone: bool = False
+    seed: int = 0
+
+
+Run = TrainRun | SearchRun | LearnedRun | ChoiceRun | ClearRun
+
+
 @functools.lru_cache(maxsize=4)
 def dataset(name: str, images: int = 0) -> datasets.Data:
     """A data set from data/, on the GPU where there is one, with at most `images` training images (0: all).
@@ -126,7 +184,7 @@ def dataset(name: str, images: int = 0) -> datasets.Data:
     return found
 
 
-def network(name: str, data: str, method: str | None = None, **changes) -> CCTConfig:
+def network(name: str, data: str, method: str | None = None, **changes) -> TransformerConfig:
     """A preset with the image size, channels and classes of a data set; the rest as in `cct.preset`.
 
     Raises:
@@ -143,7 +201,7 @@ def resolve(name: str) -> str:
     return dataset(name).name if name == "auto" else name
 
 
-def ensure(run: "TrainRun | SearchRun | LearnedRun", source: str = "local") -> dict:
+def ensure(run: Run, source: str = "local") -> dict:
     """The record of a run; trains or measures what is not there yet."""
     study, measure = _STUDIES[type(run)]
     record = records.ensure(study, run, measure, source)
@@ -152,12 +210,12 @@ def ensure(run: "TrainRun | SearchRun | LearnedRun", source: str = "local") -> d
     return record
 
 
-def key(run: "TrainRun | SearchRun | LearnedRun") -> str:
+def key(run: Run) -> str:
     """The key of a run's record."""
     return records.key(_STUDIES[type(run)][0], run)
 
 
-def collect(runs: Sequence[TrainRun | SearchRun], source: str = "local", label: str = "runs") -> list[dict]:
+def collect(runs: Sequence[Run], source: str = "local", label: str = "runs") -> list[dict]:
     """The records of several runs, in order; of the project's own records ("reference") those that exist."""
     if source == "local":
         return [ensure(run, source) for run in tqdm(runs, desc=label)]
@@ -166,7 +224,7 @@ def collect(runs: Sequence[TrainRun | SearchRun], source: str = "local", label: 
     return [ensure(run, source) for run in there]
 
 
-def trained(record: dict, source: str = "local") -> CCT:
+def trained(record: dict, source: str = "local") -> nn.Module:
     """The trained network of a record, in evaluation mode on the CPU.
 
     Raises:
@@ -175,10 +233,10 @@ def trained(record: dict, source: str = "local") -> CCT:
     path = _weights(record["study"], record["key"], source)
     if not path.exists():
         raise FileNotFoundError(f'no weights {path.name} for this record: train it here with records = "local"')
-    config = CCTConfig(**record["config"]["network"])
+    config = config_of(record["config"]["network"])
     if "architecture" in record["metrics"]:
         config = dataclasses.replace(config, attention=record["metrics"]["architecture"])
-    model = CCT(config)
+    model = build(config)
     model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     return model.eval()
 
@@ -191,7 +249,7 @@ def _unfinished(run) -> Path:
     return records.folder() / _STUDIES[type(run)][0] / f"{key(run)}.unfinished"
 
 
-def _save_weights(study: str, run: TrainRun | SearchRun, model: CCT) -> None:
+def _save_weights(study: str, run: TrainRun | SearchRun | ChoiceRun, model: nn.Module) -> None:
     path = _weights(study, records.key(study, run))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -199,7 +257,7 @@ def _save_weights(study: str, run: TrainRun | SearchRun, model: CCT) -> None:
     partial.replace(path)
 
 
-def _teacher(run: TrainRun | SearchRun) -> CCT | None:
+def _teacher(run: TrainRun | SearchRun) -> nn.Module | None:
     return trained(ensure(run.teacher)) if run.teacher else None
 
 
@@ -211,7 +269,7 @@ def _metrics(result: dict) -> dict:
 def _train(run: TrainRun) -> dict:
     teacher = _teacher(run)
     torch.manual_seed(run.seed)
-    model = CCT(run.network)
+    model = build(run.network)
     checkpoint = _unfinished(run) / "checkpoint.pt"
     result = training.train(model, dataset(run.data, run.images), run.recipe, teacher, checkpoint=checkpoint)
     _save_weights("training", run, model)
@@ -237,10 +295,47 @@ def _search(run: SearchRun) -> dict:
         run.released,
         _teacher(run),
     )
-    _save_weights("search", run, found.pop("network"))
+    return _searched("search", run, found)
+
+
+def _searched(study: str, run: SearchRun | ChoiceRun, found: dict) -> dict:
+    _save_weights(study, run, found.pop("network"))
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
     return {**finetune, **found, "history": history}
+
+
+def _choose(run: ChoiceRun) -> dict:
+    found = sas.search(
+        run.network,
+        dataset(run.data, run.images),
+        run.search,
+        run.finetune,
+        run.budget,
+        weight=run.weight,
+        seed=run.seed,
+        folder=_unfinished(run),
+        choices=run.choices,
+        prices=run.prices,
+    )
+    return _searched("choices", run, found)
+
+
+def _clear(run: ClearRun) -> dict:
+    torch.manual_seed(run.seed)
+    model = build(run.network)
+    shape = (run.network.channels, run.network.image, run.network.image)
+    if run.alone:
+        model, shape = model.blocks[0].attention, (run.network.tokens, run.network.width)
+    model = model.eval()
+    images = torch.randn(max(run.batches), *shape)
+    return {
+        "parameters": cost.parameters(model),
+        "flops": cost.flops(model, "torch", images[:1]),
+        "memory": cost.peak_memory(model, images[:1]),
+        "seconds": {str(batch): cost.latency(model, images[:batch], run.repeats) for batch in run.batches},
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _learned(run: LearnedRun) -> dict:
@@ -248,7 +343,7 @@ def _learned(run: LearnedRun) -> dict:
     images, _ = next(datasets.batches(data.test, run.images, data.mean, data.std))
     device = data.test.images.device
 
-    def accuracy(network: CCT) -> float:
+    def accuracy(network: nn.Module) -> float:
         return training.evaluate(network.to(device), data.test, data.mean, data.std)["accuracy"]
 
     resets = [
@@ -264,4 +359,10 @@ def _learned(run: LearnedRun) -> dict:
     }
 
 
-_STUDIES = {TrainRun: ("training", _train), SearchRun: ("search", _search), LearnedRun: ("learned", _learned)}
+_STUDIES = {
+    TrainRun: ("training", _train),
+    SearchRun: ("search", _search),
+    LearnedRun: ("learned", _learned),
+    ChoiceRun: ("choices", _choose),
+    ClearRun: ("clear", _clear),
+}

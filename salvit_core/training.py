@@ -29,13 +29,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from . import data as datasets
-from .cct import CCT, METHODS, PRESETS, preset
+from .cct import CCT, PRESETS, ROWS, preset, redraw
+from .vit import build
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 # What normalisation and selection learn are no weights that decay should shrink: it would pull L2Q towards c = d = 0,
 # where it is 0 / 0, and alpha towards external attention, which is the L1 term's work (Eq. 5).
-UNDECAYED = ("c", "d", "alpha", "position")
+UNDECAYED = ("c", "d", "alpha", "position", "class_token")
+
+# Weights that mechanisms draw at random and none learns: Performer's features (`cct.redraw`), Hamburger's first bases.
+DRAWN = ("features", "bases")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def fit(
     every process computes its slice of each batch.
 
     Args:
-        model: the network; it is moved to the data's device, and every parameter not frozen is trained.
+        model: the network; it is moved to the data's device, and every parameter not frozen is trained. What mechanisms
+            draw at random (`DRAWN`) is not; what has a `redraw` is drawn anew before every epoch.
         data: the images; `data.train` is fitted and `data.validation` measured, `data.test` is not touched.
         recipe: how.
         teacher: a trained network to distil from; needed exactly where the recipe distils. It is moved to the data's
@@ -141,6 +146,7 @@ def fit(
         lr = learning_rate(recipe, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        _redraw(model, recipe.seed + epoch)
         model.train()
         batches = datasets.batches(data.train, recipe.batch, data.mean, data.std, recipe.augment, generator)
         for step, (images, labels) in enumerate(batches):
@@ -206,8 +212,8 @@ def train(
 
     Returns:
         plain data: history (`fit`'s dicts), best_epoch (whose weights were kept, from 0), validation_accuracy and
-        validation_loss of that epoch, test_accuracy (%), test_loss, seconds (of all epochs, over all interruptions),
-        parameters, config, recipe, data (its name).
+        validation_loss of that epoch, test_accuracy and test_top5 (%), test_loss, seconds (of all epochs, over all
+        interruptions), parameters, config, recipe, data (its name).
 
     Raises:
         ValueError: as `fit`.
@@ -222,6 +228,7 @@ def train(
         "validation_accuracy": history[kept]["validation_accuracy"],
         "validation_loss": history[kept]["validation_loss"],
         "test_accuracy": test["accuracy"],
+        "test_top5": test["top5"],
         "test_loss": test["loss"],
         "seconds": sum(facts["seconds"] for facts in history),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -239,7 +246,7 @@ def evaluate(
     batch: int = 256,
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Top-1 accuracy (%) and mean cross-entropy of a split, without augmentation. Under torchrun all processes share.
+    """Top-1 and top-5 accuracy (%) and mean cross-entropy of a split, without augmentation; processes share the work.
 
     Args:
         model: maps images (B, C, height, width) to logits (B, classes); its training flag is put back.
@@ -257,16 +264,17 @@ def evaluate(
     rank, world = _process()
     training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=split.images.device)  # right answers, loss
+    totals = torch.zeros(3, dtype=torch.float64, device=split.images.device)  # right, among the best five, loss
     with torch.inference_mode(), torch.autocast(split.images.device.type, torch.bfloat16, enabled=bf16):
         for images, labels in datasets.batches(split, batch, mean, std):
             images, labels = images[rank::world], labels[rank::world]
             logits = model(images).float()  # (B, classes)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack([(logits.argmax(1) == labels).sum(), loss])
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+            totals += torch.stack([(logits.argmax(1) == labels).sum(), best.sum(), loss])
     model.train(training)
-    right, loss = (_summed(totals) / len(split.labels)).tolist()
-    return {"loss": loss, "accuracy": 100 * right}
+    right, among, loss = (_summed(totals) / len(split.labels)).tolist()
+    return {"loss": loss, "accuracy": 100 * right, "top5": 100 * among}
 
 
 def best_epoch(history: list[dict]) -> int:
@@ -285,7 +293,15 @@ def progress(epochs: Iterable[dict], recipe: Recipe, label: str) -> Iterator[dic
             yield facts
 
 
-# The parts of a step
+# The parts of an epoch
+
+
+def _redraw(model: nn.Module, seed: int) -> None:
+    """New random features (`cct.redraw`), the same in every process and after every interruption."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        redraw(model)
 
 
 class _LogitsAndFeatures(nn.Module):
@@ -346,7 +362,7 @@ def _prepare(model: CCT, recipe: Recipe, frozen: tuple[str, ...], device: torch.
     if unknown := set(frozen) - names:
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: it cannot be frozen")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not set(frozen) & set(name.split(".")))
+        parameter.requires_grad_(not {*frozen, *DRAWN} & set(name.split(".")))
 
 
 def _check_teacher(model: CCT, recipe: Recipe, teacher: CCT | None) -> None:
@@ -506,7 +522,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser("python -m salvit_core.training", description=main.__doc__.splitlines()[0])
     parser.add_argument("--preset", default="cct_7_3x1", choices=PRESETS)
-    parser.add_argument("--method", default="SA softmax", help=f"one of: {', '.join(METHODS)}")
+    parser.add_argument("--method", default="SA softmax", help=f"one of: {', '.join(ROWS)}")
     parser.add_argument("--data", default="auto", help="a data set's name")
     parser.add_argument("--root", default="data", help="folder of the data sets")
     parser.add_argument("--protocol", default="held-out", help="how the validation split is drawn")
@@ -542,7 +558,7 @@ def _main(options: argparse.Namespace) -> None:
     if data.chosen and _process()[0] == 0:
         print(data.chosen)
     torch.manual_seed(recipe.seed)
-    result = train(CCT(config), data, recipe, checkpoint=out / "checkpoint.pt", label=name)
+    result = train(build(config), data, recipe, checkpoint=out / "checkpoint.pt", label=name)
     if _process()[0] == 0:
         result = {"preset": options.preset, "method": options.method, "torch": torch.__version__, **result}
         _write(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from salvit_core import CCT, METHODS, PRESETS, CCTConfig, cost, preset
-from salvit_core.cct import StochasticDepth
+from salvit_core import CCT, METHODS, PRESETS, CCTConfig, build, cost, data, preset, records, runs, training
+from salvit_core.attention.self_attention import SelfAttention
+from salvit_core.cct import StochasticDepth, config_of, normalizer_of
 
 PARAMETERS = {
     "SA softmax": 3_760_139,
@@ -87,6 +88,17 @@ def test_config_survives_json():
     assert CCTConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_reference_records_are_still_found():
+    """A configuration whose JSON changed would orphan every record, the project's own included."""
+    found = records.load("training", "reference")
+    assert found
+    for record in found:
+        fields = record["config"]
+        recipe = training.Recipe(**fields["recipe"])
+        run = runs.TrainRun(fields["data"], config_of(fields["network"]), recipe, fields["images"])
+        assert fields["teacher"] or runs.key(run) == record["key"]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_in_every_preset(name, method):
@@ -97,7 +109,8 @@ def test_every_method_in_every_preset(name, method):
         return
     with torch.device("meta"):
         config = preset(name, method)
-        assert CCT(config)(torch.zeros(1, config.channels, config.image, config.image)).shape == (1, config.classes)
+        images = torch.zeros(1, config.channels, config.image, config.image)
+        assert build(config)(images).shape == (1, config.classes)
 
 
 @pytest.mark.parametrize(
@@ -153,3 +166,55 @@ def test_trains_a_step():
         losses.append(loss.item())
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert losses[-1] < losses[0] - 0.5
+
+
+class RandomFeatures(SelfAttention):
+    """Draws as Performer does: a matrix beside the weights, not learnt, and anew in every epoch."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.features = torch.nn.Linear(self.head, 8, bias=False)
+        self.drawn = 0
+
+    def redraw(self):
+        self.drawn += 1
+        torch.nn.init.normal_(self.features.weight)  # from torch's global generator
+
+    def forward(self, x):
+        return super().forward(x) + self.features.weight.mean()
+
+
+def with_random_features():
+    def attention(config, layer):
+        made = RandomFeatures if layer else SelfAttention
+        return made(config.width, config.heads, config.tokens, normalizer_of(config))
+
+    torch.manual_seed(0)
+    return CCT(preset("cct_2_3x1"), attention)
+
+
+def test_random_features_keep_their_distribution():
+    model = with_random_features()
+    assert model.blocks[1].attention.drawn == 1
+    assert 0.8 < model.blocks[1].attention.features.weight.std() < 1.2  # not the 0.02 of other Linear weights
+    performer = CCT(preset("cct_2_3x1", attention="performer"))
+    assert 0.8 < performer.blocks[0].attention.features.weight.std() < 1.2
+
+
+def test_random_features_are_drawn_anew_and_resumed(tmp_path):
+    digits = data.load("digits")
+    few = dataclasses.replace(digits.train, images=digits.train.images[:64], labels=digits.train.labels[:64])
+    digits = dataclasses.replace(digits, train=few)
+    recipe = training.Recipe(epochs=3, batch=32, augment="none", keep="last")
+    whole = with_random_features()
+    drawn = []
+    for _ in training.fit(whole, digits, recipe):
+        drawn.append(whole.blocks[1].attention.features.weight.clone())
+        assert 0.8 < drawn[-1].std() < 1.2 and not whole.blocks[1].attention.features.weight.requires_grad
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    stopped, resumed = with_random_features(), with_random_features()
+    next(training.fit(stopped, digits, recipe, checkpoint=tmp_path / "run.pt"))
+    list(training.fit(resumed, digits, recipe, checkpoint=tmp_path / "run.pt"))
+    assert resumed.blocks[1].attention.drawn == 3  # when built, and before each of two epochs
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

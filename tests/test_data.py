@@ -716,8 +716,8 @@ def test_tiny_imagenet_from_its_archive(tmp_path, monkeypatch, offline):
     assert sorted(path.name for path in root.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
 
 
-def fake_imagenet(root):
-    folder = root / "imagenet"
+def fake_imagenet(root, name="imagenet"):
+    folder = root / name
     for part, count in (("train", 5), ("val", 2)):
         for i, name in enumerate(("bee", "cat")):
             for k in range(count):
@@ -737,6 +737,15 @@ def test_imagenet(tmp_path, offline):
     for part in (found.train, found.validation):
         assert torch.allclose(part.images[:, 0].float().mean((1, 2)), 100.0 * part.labels, atol=4)
     assert data.load("imagenet", tmp_path).test.images.shape == (4, 3, 224, 224)
+
+
+@pytest.mark.parametrize("name", ["imagenet100", "imagenette"])
+def test_parts_of_imagenet_are_folders_of_their_own(tmp_path, offline, name):
+    fake_imagenet(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name}/train is missing"):
+        data.load(name, tmp_path)
+    fake_imagenet(tmp_path, name)
+    assert data.load(name, tmp_path, image=64).test.images.shape == (4, 3, 64, 64)
 
 
 def test_imagenet_beyond_memory_is_refused_before_decoding(tmp_path, monkeypatch):

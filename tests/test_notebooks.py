@@ -27,6 +27,7 @@ PICTURES = {
         "figure_5_accuracy_latency",
         "figure_6_normalizers",
         "figure_6_tuned",
+        "choices_accuracy_latency",
     ],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
     "05": [
@@ -42,6 +43,14 @@ PICTURES = {
         "activation_cost",
         "cost_bar",
     ],
+    "06": [
+        "efficient_trade_offs",
+        "table_2_complete",
+        "efficient_resolution_clear",
+        "efficient_resolution_private",
+        "efficient_attention_maps",
+        "efficient_attention_map",
+    ],
 }
 TABLES = {
     "00": [],
@@ -53,7 +62,7 @@ TABLES = {
         "table_7_parameters_flops",
     ],
     "02": ["figure_7_private_cost"],
-    "03": ["table_6_search", "table_4_accuracy_latency"],
+    "03": ["table_6_search", "table_4_accuracy_latency", "choices_alpha"],
     "04": ["figure_9_learned_parameters", "figure_9_reset_to_means"],
     "05": [
         "encrypted_accuracy",
@@ -64,6 +73,7 @@ TABLES = {
         "dealers",
         "activation_cost",
     ],
+    "06": ["efficient_attention", "table_2_complete", "efficient_resolution"],
 }
 
 
@@ -104,5 +114,5 @@ def test_notebook_runs(root, number):
 @pytest.mark.timeout(600)
 def test_the_projects_own_records_are_shown(root):
     """In the default profile, with no data set to be had."""
-    done = run(root, "00,01,02,03,04", "records=reference", "profile=quick")
+    done = run(root, "00,01,02,03,04,05,06", "records=reference", "profile=quick")
     assert done.returncode == 0, done.stdout + done.stderr

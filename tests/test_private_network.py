@@ -103,3 +103,14 @@ def test_a_session_masks_its_weights_once_and_every_query_costs_the_same():
     alone = pd.DataFrame(latency.measure(latency.LatencyRun(TINY, protocol="tuned"))["operations"])
     assert per_query["rounds"].iloc[0] == alone["rounds"].sum()
     assert alone["bytes"].sum() < per_query["bytes"].iloc[0] < 2.1 * alone["bytes"].sum()
+
+
+def test_attention_alone_costs_what_it_costs_in_the_network():
+    kinds = ["projection", "scores", "normaliser", "values"]
+    alone = pd.DataFrame(sessions.measure(sessions.SessionRun(TINY, queries=1, alone=True))["operations"])
+    whole = pd.DataFrame(sessions.measure(sessions.SessionRun(TINY, queries=1))["operations"])
+    elsewhere = alone[alone["layer"] != "attention"]
+    assert elsewhere["rounds"].sum() == 1  # the way of the result to the client
+    for cost in ("rounds", "bytes"):
+        inside = whole[whole["layer"] == "block 1"].set_index("kind")[cost]
+        assert (alone[alone["layer"] == "attention"].set_index("kind")[cost][kinds] == inside[kinds]).all()

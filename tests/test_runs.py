@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from salvit_core import preset, profiles, records, runs, sas
+from salvit_core import CCT, cost, preset, profiles, records, runs, sas
 from salvit_core.training import Recipe, evaluate
 
 RECIPE = Recipe(epochs=2, batch=64, lr=2e-3, augment="none")
@@ -100,3 +100,24 @@ def test_profiles_make_runs(name):
 def test_unknown_profile():
     with pytest.raises(ValueError, match="profile 'huge' is unknown: choose from smoke, quick, cpu, short, paper"):
         profiles.profile("huge")
+
+
+def test_a_search_among_choices_is_a_record(root):
+    choices = {"self": 3.0, "external": 2.0, "scaling": 1.0}
+    size = profiles.profile("smoke")
+    search = size.choice("digits", size.config("digits", "SA L2Q"), choices, 7.0)
+    record = runs.ensure(search)
+    assert runs.ensure(search) == record and record["study"] == "choices"
+    chosen = record["metrics"]["architecture"]
+    assert sum(choices[name] for name in chosen) <= 7.0
+    assert list(runs.trained(record).config.attention) == list(chosen)
+    assert not list(root.rglob("*.unfinished"))
+
+
+def test_what_a_network_costs_in_the_clear_is_a_record(root):
+    clear = runs.ClearRun(preset("cct_2_3x1"), batches=(1, 4), repeats=3)
+    found = runs.ensure(clear)["metrics"]
+    assert [len(found["seconds"][batch]) for batch in ("1", "4")] == [3, 3]
+    assert found["parameters"] == cost.parameters(CCT(clear.network))
+    alone = runs.ensure(dataclasses.replace(clear, alone=True))["metrics"]
+    assert 0 < alone["flops"] < found["flops"] and 0 < alone["memory"] <= found["memory"]

@@ -299,7 +299,7 @@ def test_fine_tuning_starts_from_the_searched_weights(digits, tmp_path):
 
 def test_the_alphas_are_those_of_the_last_epoch(digits, monkeypatch):
     accuracies = iter(range(90, 0, -1))  # though by validation the first epoch is always best
-    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(accuracies)})
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(accuracies), "top5": 99.0})
     result = searched(digits)
     assert result["alphas"] == result["trajectory"][-1] != result["trajectory"][0]
     assert result["finetune"]["best_epoch"] == 0

@@ -58,3 +58,8 @@ class ExternalAttention(nn.Module):
         weights = self.dropout(self.l1(self.normalizer(scores)))  # (B, H, N, S)
         values = self.values(weights)  # (B, H, N, D)
         return (self.projection(values) + query).transpose(1, 2).flatten(2)  # (B, N, M)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> weights (B, H, N, S) of the memory slots, not of tokens; none dropped."""
+        query = self.query(x).unflatten(-1, (self.heads, self.head)).transpose(1, 2)  # (B, H, N, D)
+        return self.l1(self.normalizer(self.scores(query)))

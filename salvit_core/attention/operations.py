@@ -67,7 +67,7 @@ class Exponential(nn.Module):
     def forward(self, a: torch.Tensor) -> torch.Tensor:
         """(...) -> exponentials of the same shape, at most one."""
         if self.dims:
-            a = a - a.amax(tuple(range(-self.dims, 0)), keepdim=True).detach()
+            a = a - a.amax(tuple(range(-self.dims, 0)), keepdim=True)
         return a.exp()
 
     def extra_repr(self) -> str:
@@ -95,7 +95,7 @@ class HeadLinear(nn.Module):
     def __init__(self, heads: int, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, outputs, inputs))
-        nn.init.trunc_normal_(self.weight, std=inputs**-0.5)
+        nn.init.trunc_normal_(self.weight, std=0.02)  # as the network's Linear have it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, N, D) -> (B, H, k, D)."""
@@ -160,6 +160,7 @@ class Take(nn.Module):
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _tensor(values: tuple, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, device="cpu" if device.type == "meta" else device)
 
@@ -203,6 +204,7 @@ class SegmentMeans(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _matrix(tokens: int, segments: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return SegmentMeans(tokens, segments).matrix().to(device=device, dtype=dtype)
 
@@ -254,7 +256,7 @@ class PseudoInverse(nn.Module):
     def forward(self, a: torch.Tensor) -> torch.Tensor:
         """(..., m, m), entries >= 0, rows summing to one -> (..., m, m)."""
         one = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
-        z = a.mT / a.sum(-2).amax(-1)[..., None, None]
+        z = a.mT / (a.sum(-2).amax(-1)[..., None, None] + EPS)
         for _ in range(self.iterations):
             az = a @ z
             z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
@@ -263,6 +265,68 @@ class PseudoInverse(nn.Module):
     def extra_repr(self) -> str:
         """Options that show in the model's text and so in its fingerprint."""
         return f"iterations={self.iterations}"
+
+
+class Reweight(nn.Module):
+    """Features times the cosines and sines of their token's position, whose products are cosines of differences.
+
+    Along a line of n places let c_i = cos(pi i / (2 n)) and s_i = sin(pi i / (2 n)): c_i c_j + s_i s_j =
+    cos(pi (i - j) / (2 n)) >= 0, cosFormer's re-weighting. Where N is a square the image's rows and columns are two
+    such lines, and the four products of a row's and a column's factor give the product of the two cosines; else the
+    tokens are one line.
+
+    Args:
+        tokens: number of tokens N.
+    """
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+
+    def factors(self) -> torch.Tensor:
+        """(F, N), F = 4 where N is a square, else 2: public numbers."""
+        side = math.isqrt(self.tokens)
+        length = side if side * side == self.tokens else self.tokens
+        angles = torch.arange(length, dtype=torch.float64) * (math.pi / 2 / length)
+        line = torch.stack([angles.cos(), angles.sin()])  # (2, length)
+        if length == self.tokens:
+            return line
+        return (line[:, None, :, None] * line[None, :, None, :]).reshape(4, self.tokens)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, N, F D): F blocks of D features."""
+        return (x.unsqueeze(-2) * _factors(self.tokens, x.device, x.dtype)).flatten(-2)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"tokens={self.tokens}"
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _factors(tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return Reweight(tokens).factors().T[:, :, None].to(device=device, dtype=dtype)  # (N, F, 1)
+
+
+class TokenSum(nn.Module):
+    """Sum over the tokens: the denominators of attention that is linear in them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., 1, D)."""
+        return x.sum(-2, keepdim=True)
+
+
+def unit_values(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Values of which the j-th is the j-th unit vector: attention to them returns its weights.
+
+    Args:
+        x: tokens (B, N, M).
+        heads: number of heads H.
+
+    Returns:
+        (B, H, N, N).
+    """
+    return torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), heads, -1, -1)
 
 
 OPERATIONS = (
@@ -278,4 +342,6 @@ OPERATIONS = (
     SegmentMeans,
     NewtonInverse,
     PseudoInverse,
+    Reweight,
+    TokenSum,
 )

@@ -36,3 +36,9 @@ class ScalingAttention(nn.Module):
         context = self.scores(key.transpose(-2, -1), value) * self.tokens**-0.5  # (B, H, D, D)
         values = self.values(query * self.tokens**-0.5, context)  # (B, H, N, D)
         return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> Q K^T / N, (B, H, N, N), of both signs: out_i = sum_j weights_ij value_j."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
+        return query @ key.mT / self.tokens

@@ -42,3 +42,9 @@ class SelfAttention(nn.Module):
         weights = self.dropout(self.normalizer(scores))  # (B, H, N, N)
         values = self.values(weights, value)  # (B, H, N, D)
         return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> attention weights (B, H, N, N), none dropped: out_i = sum_j weights_ij value_j."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
+        return self.normalizer(self.scores(query, key.transpose(-2, -1)) * self.head**-0.5)

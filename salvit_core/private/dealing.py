@@ -67,7 +67,7 @@ class Dealing:
         self.streams = [key and Stream(key) for key in keys]
         self.deals = None not in keys
         self.weights: dict[str, torch.Tensor] = {}  # B at the server and the dealer; W - B at the client
-        self.factors: dict[str, Factor] = {}  # of the weights that are matrices
+        self.factors: dict[str, Factor | torch.Tensor] = {}  # the weights, ready to be multiplied
         self.inbox: torch.Tensor | None = None  # at a server that does not deal: the corrections, still to be read
         self.outbox: list[torch.Tensor] = []  # at the dealer: the corrections, still to be sent
         self.corrected = 0  # words of corrections so far
@@ -113,10 +113,8 @@ class Dealing:
 
     def factor(self, operation: tuple, name: str) -> "torch.Tensor | Factor":
         """A weight's mask, or at the client its masked weight, ready to be multiplied."""
-        if operation[0] == "multiply":
-            return self.weights[name]
         if name not in self.factors:
-            self.factors[name] = Factor(self.weights[name].flatten(1).t())
+            self.factors[name] = prepared(operation, self.weights[name])
         return self.factors[name]
 
     def uniform(self) -> torch.Tensor:
@@ -214,15 +212,31 @@ def _full(left: torch.Tensor, theirs: list[torch.Tensor], low: torch.Tensor, end
     return first.add_(cross << WIDTH).add_(outer << 2 * WIDTH)
 
 
+def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor":
+    """A weight, ready for `apply`: cut into limbs where the operation is a matrix product."""
+    if operation[0] in ("multiply", "taps"):
+        return weight
+    return Factor(weight.mT if operation[0] == "heads" else weight.flatten(1).t(), bits)
+
+
 def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
-    """An activation times a weight, in the ring: ("linear",), ("multiply",) or ("conv", kernel, stride, padding)."""
-    if operation[0] == "conv":
-        x = windows(x, *operation[1:])
-    if isinstance(weight, Factor):
-        return product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    """An activation times a weight, in the ring.
+
+    Operations: ("linear",), ("conv", kernel, stride, padding), ("multiply",) entry by entry, ("heads",) a matrix per
+    head that multiplies the tokens, ("taps",) a kernel per head along the tokens.
+    """
     if operation[0] == "multiply":
         return x * weight
-    return product(x.flatten(0, -2), weight.flatten(1).t(), bits).unflatten(0, x.shape[:-1])
+    if operation[0] == "taps":
+        taps, tokens = weight.shape[1], x.shape[-2]
+        padded = torch.nn.functional.pad(x, (0, 0, taps // 2, taps // 2))
+        return sum(padded[..., t : t + tokens, :] * weight[:, t, None, None] for t in range(taps))
+    weight = weight if isinstance(weight, Factor) else prepared(operation, weight, bits)
+    if operation[0] == "heads":
+        return product(x.mT, weight).mT
+    if operation[0] == "conv":
+        x = windows(x, *operation[1:])
+    return product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
 
 # Correlations: each is called with the same arguments by every process, and gives that process its part.
@@ -241,6 +255,13 @@ def matmul(deal: Dealing, left: tuple, right: tuple, out: tuple):
     """Beaver's triple a, b, a b for a matrix product."""
     a, b = deal.mask(*left), deal.mask(*right)
     return a.mine, b.mine, deal.share(lambda: product(a.clear, b.clear), *out)
+
+
+def products(deal: Dealing, shape: tuple, count: int, pairs: tuple):
+    """For matrices that each are in several products: masks of `count` square matrices, and the products of pairs."""
+    masks = [deal.mask(*shape) for _ in range(count)]
+    made = {(i, j): deal.share(lambda i=i, j=j: product(masks[i].clear, masks[j].clear), *shape) for i, j in pairs}
+    return [mask.mine for mask in masks], made
 
 
 def multiply(deal: Dealing, left: tuple, right: tuple, out: tuple):
@@ -435,7 +456,18 @@ def power(deal: Dealing, count: int, knots: int, digits: int, low: int, degree: 
 
 CORRELATIONS = {
     function.__name__: function
-    for function in (by_weight, matmul, multiply, square, layer_norm, quadratic, truncation, comparison, power)
+    for function in (
+        by_weight,
+        matmul,
+        products,
+        multiply,
+        square,
+        layer_norm,
+        quadratic,
+        truncation,
+        comparison,
+        power,
+    )
 }
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from ..cct import CCT, METHODS, PRESETS, CCTConfig, preset
+from ..cct import PRESETS, ROWS, TransformerConfig, config_of, preset
+from ..vit import build
 from .launch import infer
 
 
@@ -22,7 +23,7 @@ class LatencyRun:
         seed: of the weights and, with `query`, of the image.
     """
 
-    network: CCTConfig
+    network: TransformerConfig
     query: int = 0
     protocol: str = "stock"
     provider: str = "TFP"
@@ -32,7 +33,7 @@ class LatencyRun:
 def measure(run: LatencyRun) -> dict:
     """Metrics of a run: totals, whether the answer was right, and the table of operations as rows."""
     torch.manual_seed(run.seed)
-    model = CCT(run.network)
+    model = build(run.network)
     torch.manual_seed(run.seed + 1 + run.query)
     images = torch.randn(1, run.network.channels, run.network.image, run.network.image)
     result = infer(model, images, run.protocol, run.provider, timeout=1800)
@@ -51,11 +52,11 @@ def measure(run: LatencyRun) -> dict:
 
 
 @functools.cache
-def _named_networks() -> dict[CCTConfig, tuple[str, str]]:
+def _named_networks() -> dict[TransformerConfig, tuple[str, str]]:
     names = {}
     for network, fields in PRESETS.items():
-        layers = fields.get("layers", CCTConfig.layers)
-        for method, choice in METHODS.items():
+        layers = fields.get("layers", TransformerConfig.layers)
+        for method, choice in ROWS.items():
             # On a network of B layers, SAL-ViT at budget B is plain self-attention: the first name stays.
             if not isinstance(choice["attention"], int) or choice["attention"] <= layers:
                 names.setdefault(preset(network, method), (network, method))
@@ -64,7 +65,7 @@ def _named_networks() -> dict[CCTConfig, tuple[str, str]]:
 
 def name_of(record: dict) -> tuple[str, str] | None:
     """Preset and method of a record's network, or None where it is no preset with a method of the paper."""
-    return _named_networks().get(CCTConfig(**record["config"]["network"]))
+    return _named_networks().get(config_of(record["config"]["network"]))
 
 
 # Columns that older records lack.
@@ -100,7 +101,7 @@ def operations(found: list[dict], methods: list[str] | None = None) -> pd.DataFr
         rows.insert(3, "protocol", record["config"]["protocol"])
         tables.append(rows.assign(**{name: make(rows) for name, make in _LATER.items() if name not in rows}))
     table = pd.concat(tables, ignore_index=True)
-    order = list(dict.fromkeys(methods)) if methods else [name for name in METHODS if name in set(table["method"])]
+    order = list(dict.fromkeys(methods)) if methods else [name for name in ROWS if name in set(table["method"])]
     table["method"] = pd.Categorical(table["method"], order)
     return table
 

@@ -6,7 +6,7 @@
 
 HOST:PORT is where the server listens; the other parties connect to it. Party 0, the server, alone reads the weights;
 party 1, the client, alone reads the images and alone learns the logits; party 2, the dealer, sees neither. The
-architecture is public: a JSON file of a CCTConfig, or a graph written by `launch.infer` on the same machine.
+architecture is public: a configuration's JSON file, or a graph written by `launch.infer` on the same machine.
 """
 
 import argparse
@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..cct import CCT, CCTConfig
+from ..cct import config_of
 from ..graph import trace
+from ..vit import build
 from . import stock, tuned
 from .dealing import server_of_dealer
 from .interpreter import SecretInterpreter, fingerprint
@@ -45,13 +46,13 @@ class PartyError(Exception):
 
 
 def read_architecture(path: Path) -> torch.fx.GraphModule:
-    """The network's graph from a CCTConfig in JSON or from a file that `write_architecture` made.
+    """The network's graph from a configuration in JSON or from a file that `write_architecture` made.
 
     Only the JSON form is fit for a file that another host sent: the other is unpickled.
     """
     if path.suffix == ".json":
         with torch.device("meta"):
-            return trace(CCT(CCTConfig(**json.loads(path.read_text()))))
+            return trace(build(config_of(json.loads(path.read_text()))))
     saved = torch.load(path, weights_only=False)
     for node, (layer, kind) in zip(saved["graph"].graph.nodes, saved["places"], strict=True):
         node.meta["layer"], node.meta["kind"] = layer, kind

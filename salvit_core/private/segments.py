@@ -199,15 +199,18 @@ def _check(x: torch.Tensor, low: int, high: int) -> None:
         session.violations[session.place] = True
 
 
-def positive_part(x: Share, resolution: int) -> Share:
-    """max(x, 0) for |x| below 2^(15 - resolution); within 2^-resolution. Three rounds; n words and 7 n bits."""
+def positive_part(x: Share, resolution: int, digits: int = WINDOW_DIGITS) -> Share:
+    """max(x, 0) for |x| below 2^(4 digits - 1 - resolution), within 2^-resolution.
+
+    Three rounds; n words and (2 digits - 1) n bits.
+    """
     low = max(0, x.bits - resolution)
-    return Share(piecewise(Share(x.data, 0), _RELU, low).data, x.bits)
+    return Share(piecewise(Share(x.data, 0), _RELU, low, digits).data, x.bits)
 
 
-def maximum(x: Share, y: Share, resolution: int) -> Share:
-    """The larger of two, within 2^-resolution, for |x - y| below 2^(15 - resolution). Three rounds."""
-    return y + positive_part(x - y, resolution)
+def maximum(x: Share, y: Share, resolution: int, digits: int = WINDOW_DIGITS) -> Share:
+    """The larger of two, within 2^-resolution, for |x - y| below 2^(4 digits - 1 - resolution). Three rounds."""
+    return y + positive_part(x - y, resolution, digits)
 
 
 # Powers of positive numbers
@@ -235,7 +238,13 @@ def _curves(octaves: tuple[int, int], exponent: float, factor: float, bits: int,
 
 
 def power(
-    x: Share, exponent: float, octaves: tuple[int, int], factor: float = 1.0, extra: int = 0, nonzero: bool = True
+    x: Share,
+    exponent: float,
+    octaves: tuple[int, int],
+    factor: float = 1.0,
+    extra: int = 0,
+    nonzero: bool = True,
+    exact: bool = False,
 ) -> Share:
     """Factor x^exponent for x from 2^low to 2^high, to about 5e-4 of its value; below 2^low it follows the last curve.
 
@@ -250,6 +259,7 @@ def power(
         factor: a public number.
         extra: fractional bits of the result beyond `session.bits` + 1.
         nonzero: whether a value below 2^low is out of range; zeros may be meant.
+        exact: whether the last truncation is `truncate`, which many extra bits need: two rounds and n / 2 words more.
     """
     low, high = octaves
     if x.bits + low < 4:
@@ -267,4 +277,4 @@ def power(
     (e,) = session.reveal(v.data - r2)
     curves = _curves(octaves, exponent, factor, bits, session.bits + 1 + extra)
     y = Share(_evaluate(curves, e, r2, powers2, chosen2, gamma).view(x.shape), curves.bits)
-    return y.to(session.bits + 1 + extra)
+    return truncate(y, session.bits + 1 + extra) if exact else y.to(session.bits + 1 + extra)

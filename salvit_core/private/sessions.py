@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import nn
 
-from ..cct import CCT, CCTConfig
+from ..cct import TransformerConfig
+from ..vit import build
 from .launch import infer
 from .network import Link
 
@@ -27,24 +29,39 @@ class SessionRun:
         provider: as in `private.infer`.
         link: emulated connection; None for the bare loopback.
         seed: of the weights and of the images.
+        alone: only the attention of the first layer, on random tokens in place of images.
     """
 
-    network: CCTConfig
+    network: TransformerConfig
     batch: int = 1
     queries: int = 3
     protocol: str = "tuned"
     provider: str = "TFP"
     link: Link | None = None
     seed: int = 0
+    alone: bool = False
+
+
+class _Alone(nn.Module):
+    """One attention as a network: tokens stand where images do, (B, 1, N, M)."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(tokens.squeeze(1))
 
 
 def measure(run: SessionRun) -> dict:
     """Metrics of a session: the table of operations of every query as rows, and whether the answers were right."""
     torch.manual_seed(run.seed)
-    model = CCT(run.network)
+    model = build(run.network)
+    shape = (run.network.channels, run.network.image, run.network.image)
+    if run.alone:
+        model, shape = _Alone(model.blocks[0].attention), (1, run.network.tokens, run.network.width)
     torch.manual_seed(run.seed + 1)
-    side = run.network.image
-    images = torch.randn(run.queries * run.batch, run.network.channels, side, side)
+    images = torch.randn(run.queries * run.batch, *shape)
     result = infer(model, images, run.protocol, run.provider, run.link, timeout=3600, batch=run.batch)
     return {
         "faithful": result.faithful,

@@ -18,7 +18,7 @@ import crypten.communicator as comm
 import torch
 import torch.distributed as dist
 
-from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Factor, Tape, apply, pack, unpack
+from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Tape, apply, pack, prepared, unpack
 
 BITS = 13  # fractional bits of an activation and of a weight
 
@@ -80,10 +80,16 @@ class Share:
     def __sub__(self, other):
         return self + (-other)
 
+    def __rsub__(self, other):
+        return -self + other
+
     def __mul__(self, factor):
         if isinstance(factor, Share):
             return multiply(self.settle().to(session.bits), factor.settle().to(session.bits))
         return scaled(self, float(factor))
+
+    def __truediv__(self, number):
+        return scaled(self, 1 / float(number))
 
     __rmul__ = __mul__
 
@@ -102,6 +108,13 @@ class Weight:
     def encode(self, bits: int) -> torch.Tensor | int:
         """At the server: the value in fixed point. While shapes are recorded: nothing to add."""
         return 0 if session.recording else (self.value * 2.0**bits).round().long()
+
+    def enter(self, bits: int) -> Share:
+        """As an operand like any other: what the server's share is, and the client's share is zero."""
+        if session.recording:
+            return Share(torch.empty(self.shape, dtype=torch.int64, device="meta"), bits)
+        zero = torch.zeros(self.shape, dtype=torch.int64)
+        return Share(self.encode(bits) if session.rank == SERVER else zero, bits)
 
 
 # The session
@@ -268,10 +281,10 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
         session.send(x.data - r)
         return Share(share, x.bits + bits)
     (masked,) = session.receive(x.shape)
-    if operation[0] != "multiply" and not session.recording:
+    if not session.recording:
         if name not in session.factors:
             size = 1 + int(weight.abs().max()).bit_length()
-            session.factors[name] = Factor(weight.flatten(1).t(), size)
+            session.factors[name] = prepared(operation, weight, size)
         weight = session.factors[name]
     return Share(apply(operation, x.data + masked, weight).add_(share), x.bits + bits)
 

@@ -19,7 +19,22 @@ from crypten.mpc import MPCTensor
 from torch import nn
 
 from ..activations import LearnedQuad, Quad
-from ..attention.operations import MatMul
+from ..attention.operations import (
+    Divide,
+    Exponential,
+    Gain,
+    HeadLinear,
+    MatMul,
+    Multiply,
+    NewtonInverse,
+    PseudoInverse,
+    Reweight,
+    SegmentMeans,
+    SquaredNorm,
+    Take,
+    TokenConv,
+    TokenSum,
+)
 from ..cct import StochasticDepth
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .interpreter import CLIENT, SERVER
@@ -131,6 +146,86 @@ def l1(module: L1, secret: Secrets, weights: MPCTensor) -> MPCTensor:
     return weights / weights.sum(module.dim, keepdim=True)
 
 
+# What attention mechanisms compute besides
+
+
+def times(module: Multiply, secret: Secrets, left: MPCTensor, right: MPCTensor) -> MPCTensor:
+    """Product of two activations, entry by entry. One round."""
+    return left * right
+
+
+def divide(module: Divide, secret: Secrets, numerator: MPCTensor, denominator: MPCTensor) -> MPCTensor:
+    """Quotients a / (b + eps) by CrypTen's division: a sign test, then the reciprocal."""
+    return numerator / (denominator + module.eps)
+
+
+def exponential(module: Exponential, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """CrypTen's exponential by repeated squaring, after its maximum with the one-hot argmax that comes with it."""
+    if module.dims:
+        best = x.flatten(-module.dims).max(-1, keepdim=True)[0]
+        x = x - best.reshape(*best.size()[:-1], *[1] * module.dims)
+    return x.exp()
+
+
+def squared_norm(module: SquaredNorm, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """Sum of squares of each row. One round."""
+    return x.square().sum(-1, keepdim=True)
+
+
+def head_linear(module: HeadLinear, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A matrix per head times the tokens, as one Beaver product. One round."""
+    return secret["weight"].matmul(x)
+
+
+def token_conv(module: TokenConv, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A grouped convolution as one Beaver product. One round."""
+    heads, kernel = module.weight.shape
+    return x.conv2d(secret["weight"].reshape(heads, 1, kernel, 1), padding=(kernel // 2, 0), groups=heads)
+
+
+def gain(module: Gain, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A factor of the server's, entry by entry. One round."""
+    return x * secret["weight"]
+
+
+def moved(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """What only takes and adds up entries, the same on integers. Local."""
+    return _on_share(x, module)
+
+
+def segment_means(module: SegmentMeans, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """Product with a public matrix: local."""
+    return x.transpose(-2, -1).matmul(module.matrix().t()).transpose(-2, -1)
+
+
+def reweight(module: Reweight, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """Product with public cosines and sines: local."""
+    return (x.unsqueeze(-2) * module.factors().T[:, :, None].float()).flatten(-2)
+
+
+def newton_inverse(module: NewtonInverse, secret: Secrets, a: MPCTensor) -> MPCTensor:
+    """Newton's iteration by Beaver products, the starting value by CrypTen's maximum and reciprocal."""
+    one = torch.eye(a.size(-1))
+    a = a + module.ridge * one
+    largest = a.sum(-1).max(-1, keepdim=True)[0]
+    z = (1.5 * largest.reciprocal()).unsqueeze(-1) * one
+    for _ in range(module.iterations):
+        z = z.matmul(-a.matmul(z) + 2 * one)
+    return z
+
+
+def pseudo_inverse(module: PseudoInverse, secret: Secrets, a: MPCTensor) -> MPCTensor:
+    """The iteration of Nystromformer, Eq. 11, by Beaver products, the starting value as in `newton_inverse`."""
+    one = torch.eye(a.size(-1))
+    largest = a.sum(-2).max(-1, keepdim=True)[0]
+    z = a.transpose(-2, -1) * largest.reciprocal().unsqueeze(-1)
+    for _ in range(module.iterations):
+        az = a.matmul(z)
+        bracket = -az.matmul(-az + 7 * one) + 15 * one
+        z = z.matmul(-az.matmul(bracket) + 13 * one) / 4
+    return z
+
+
 def identity(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """What does nothing at inference."""
     return x
@@ -140,6 +235,19 @@ MODULES = {
     nn.Linear: linear,
     nn.Conv2d: conv2d,
     MatMul: matmul,
+    Multiply: times,
+    Divide: divide,
+    Exponential: exponential,
+    SquaredNorm: squared_norm,
+    HeadLinear: head_linear,
+    TokenConv: token_conv,
+    Gain: gain,
+    Take: moved,
+    TokenSum: moved,
+    SegmentMeans: segment_means,
+    Reweight: reweight,
+    NewtonInverse: newton_inverse,
+    PseudoInverse: pseudo_inverse,
     nn.ReLU: relu,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
@@ -167,21 +275,21 @@ OPTIONS = {
 }
 
 
+def _on_share(x: MPCTensor, function, *args, **kwargs):
+    """A function that only moves or adds numbers, applied to the share."""
+    made = function(x.share, *args, **kwargs)
+    results = []
+    for part in made if isinstance(made, tuple) else (made,):
+        result = x.shallow_copy()
+        result._tensor = x._tensor.shallow_copy()
+        result.share = part
+        results.append(result)
+    return tuple(results) if isinstance(made, tuple) else results[0]
+
+
 def _layout(name: str):
     """A method that only moves numbers about, applied to the share."""
-
-    def apply(x: MPCTensor, *args, **kwargs):
-        moved = getattr(x.share, name)(*args, **kwargs)
-        parts = moved if isinstance(moved, tuple) else (moved,)
-        results = []
-        for part in parts:
-            result = x.shallow_copy()
-            result._tensor = x._tensor.shallow_copy()
-            result.share = part
-            results.append(result)
-        return tuple(results) if isinstance(moved, tuple) else results[0]
-
-    return apply
+    return lambda x, *args, **kwargs: _on_share(x, getattr(torch.Tensor, name), *args, **kwargs)
 
 
 LAYOUT = ("flatten", "unflatten", "reshape", "transpose", "permute", "unbind", "squeeze", "unsqueeze")
@@ -191,6 +299,8 @@ FUNCTIONS = {
     operator.add: operator.add,
     operator.sub: operator.sub,
     operator.mul: operator.mul,
+    operator.truediv: operator.truediv,
+    operator.neg: operator.neg,
     operator.getitem: operator.getitem,
     torch.add: operator.add,
     torch.cat: crypten.cat,
@@ -335,6 +445,16 @@ def _gelu_domain(module: nn.GELU, x: torch.Tensor) -> str | None:
     return outside("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
 
 
+def _divide_domain(module: Divide, numerator: torch.Tensor, denominator: torch.Tensor) -> str | None:
+    return outside("reciprocals of denominators", denominator + module.eps, RECIPROCAL)
+
+
+def _exponential_domain(module: Exponential, a: torch.Tensor) -> str | None:
+    if module.dims:
+        a = a - a.amax(tuple(range(-module.dims, 0)), keepdim=True)
+    return outside("exponents", a, EXPONENT)
+
+
 DOMAINS = {
     Softmax: _softmax_domain,
     TwoQuad: _two_quad_domain,
@@ -343,4 +463,8 @@ DOMAINS = {
     L1: _l1_domain,
     nn.LayerNorm: _layer_norm_domain,
     nn.GELU: _gelu_domain,
+    Divide: _divide_domain,
+    Exponential: _exponential_domain,
+    NewtonInverse: lambda m, a: outside("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
+    PseudoInverse: lambda m, a: outside("reciprocals of column sums", a.sum(-2).amax(-1), RECIPROCAL),
 }

@@ -6,8 +6,8 @@ from tqdm.auto import tqdm
 
 from .. import records
 from . import latency, sessions
-from .evaluate import DriftRun, EvaluationRun, drift
-from .evaluate import ensure as ensure_evaluation
+from .evaluation import DriftRun, EvaluationRun, drift
+from .evaluation import ensure as ensure_evaluation
 from .latency import LatencyRun
 from .sessions import SessionRun
 

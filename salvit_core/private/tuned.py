@@ -15,6 +15,8 @@ What differs from stock, and where it comes from:
 - Everything curved is a piecewise polynomial: knots and coefficients are public, the segment is secret.
 - Reciprocals and inverse roots scale their input to [1, 2) by a secret power of two and then evaluate one quadratic per
   quarter octave: no iteration, no starting value, a domain of many octaves.
+- Inverses of matrices are iterations at 24 fractional bits whose products all end in an exact truncation; a matrix that
+  is in several products is opened masked once.
 - Sums are normalised after the product with the values; max-pooling is separable and comes before its ReLU;
   LayerNorm's scale and shift move into the linear maps that alone read it.
 - Scales are bookkeeping: each share knows its fractional bits, so that powers of two cost nothing.
@@ -36,8 +38,24 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from ..activations import LearnedQuad, Quad
-from ..attention.operations import MatMul
+from ..attention.operations import (
+    Divide,
+    Exponential,
+    Gain,
+    HeadLinear,
+    MatMul,
+    Multiply,
+    NewtonInverse,
+    PseudoInverse,
+    Reweight,
+    SegmentMeans,
+    SquaredNorm,
+    Take,
+    TokenConv,
+    TokenSum,
+)
 from ..cct import StochasticDepth
+from ..compat import without_compiler
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .dealing import CLIENT, SERVER, Dealing, new_key, product
 from .segments import Polynomials, fitted, maximum, piecewise, positive_part, power
@@ -48,6 +66,10 @@ from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of 
 VARIANCE = (-12, 8)
 ROW_SUM = (-7, 11)
 L1_SUM = (-10, 6)
+QUOTIENT = (-12, 6)  # of a denominator over its public scale
+RIDGED_SUM = -4  # the least row sum of a matrix that NewtonInverse inverts
+
+FINE = 24  # fractional bits of a matrix's inverse while it is found
 
 
 def linear(module: nn.Linear, secret: dict, x: Share) -> Share:
@@ -71,8 +93,14 @@ def conv2d(module: nn.Conv2d, secret: dict, x: Share) -> Share:
     return Share(y.data.transpose(1, 2).unflatten(2, side), y.bits)
 
 
-def matmul(module: MatMul, secret: dict, left: Share, right: Share) -> Share:
+def _entered(x: Share | Weight) -> Share:
+    """An operand: a weight that the graph uses directly becomes a share."""
+    return x.enter(session.bits) if isinstance(x, Weight) else x
+
+
+def matmul(module: MatMul, secret: dict, left: Share | Weight, right: Share | Weight) -> Share:
     """Product of two activations (Beaver). One round; the words of both. A factor of left's rows waits."""
+    left, right = _entered(left), _entered(right)
     over = left.over if left.over is not None and left.over.shape[-1] == 1 else None
     left = Share(left.data, left.bits) if over is not None else left.settle()
     left = left.to(min(left.bits, session.bits + 7) if over is not None else session.bits)
@@ -208,23 +236,36 @@ def _exp(bits: int) -> Polynomials:
     return Polynomials(knots, [(0.0, [0.0] * 5), *fitted(np.exp, [*knots, 0.05], 4, extra)], bits, extra)
 
 
+def _largest(x: Share, dim: int, resolution: int, digits: int = 4) -> Share:
+    """The largest entry along a dimension, which stays: a tournament of comparisons, without an argmax.
+
+    3 ceil(log2 K) rounds for K entries; n words.
+    """
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        parts = x.data.split([half, half, size - 2 * half], dim)
+        most = maximum(Share(parts[0], x.bits), Share(parts[1], x.bits), resolution, digits)
+        x = Share(torch.cat([most.data, parts[2]], dim), x.bits) if size % 2 else most
+    return x
+
+
+def _exponentials(x: Share) -> Share:
+    """exp(x) for x from -118 to 0, as a quartic on each of five segments and zero below -21. Five rounds; 1.5 n words.
+
+    Within 1e-3 of the value, of which x's rounding to 11 bits is half, and 2^-13.
+    """
+    bits = min(session.bits - 1, 11)
+    return truncate(piecewise(x.to(bits), _exp(bits), max(0, bits - 8)), session.bits + 1)
+
+
 def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """exp(a - max a) over its sum, weights to 1e-3, for scores that differ by less than 128.
 
-    The maximum by a tournament of ceil(log2 K) comparisons in depth, without an argmax; the exponential as a quartic
-    on each of five segments and zero below -21. 3 ceil(log2 K) + 11 rounds; 2.5 n words for exp, n for the maximum.
+    3 ceil(log2 K) + 11 rounds; 1.5 n words for exp, n for the maximum.
     """
     scores = scores.settle().to(session.bits)
     dim = module.dim % len(scores.shape)
-    best = scores
-    while (size := best.shape[dim]) > 1:
-        half = size // 2
-        parts = best.data.split([half, half, size - 2 * half], dim)
-        most = maximum(Share(parts[0], best.bits), Share(parts[1], best.bits), 8)
-        best = Share(torch.cat([most.data, parts[2]], dim), best.bits) if size % 2 else most
-    bits = min(session.bits - 1, 11)
-    x = (scores - best).to(bits)
-    exponentials = truncate(piecewise(x, _exp(bits), max(0, bits - 8)), session.bits + 1)
+    exponentials = _exponentials(scores - _largest(scores, dim, 8))
     count = scores.shape[dim]
     # The sum lies between 1 and K: its reciprocal needs the more bits, the smaller it can become.
     return _normalised(exponentials, dim, (-1, _log2(count) + 1), extra=_log2(count) // 2)
@@ -309,10 +350,212 @@ def l1(module: L1, secret: dict, weights: Share) -> Share:
     return _normalised(weights.settle().to(session.bits + 7), module.dim, L1_SUM)
 
 
+# What attention mechanisms compute besides
+
+
+def times(module: Multiply, secret: dict, left: Share | Weight, right: Share | Weight) -> Share:
+    """Product of two activations, entry by entry (Beaver). One round; the words of both.
+
+    Errs by what the operands' rounding to `session.bits` does.
+    """
+    left, right = (_entered(x).settle().to(session.bits) for x in (left, right))
+    return multiply(left, right)
+
+
+def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator: Share | Weight) -> Share:
+    """Quotients a / (b + eps) for b / scale from 2^-12 to 2^6 and quotients below 2^8; of a zero a, zero whatever b is.
+
+    Such a b is a sum of many terms >= 0, of which `scale`, rounded to a power of two, is the usual size: few sums are
+    64 times larger, but where most terms are near zero it can be small, down to eps, 2^-14. The reciprocal of b / scale
+    has 18 fractional bits, 12 of them where it is smallest, and a keeps the bits it comes with. Below 2^-12 scale the
+    reciprocal stays below 3 * 2^12 / scale.
+
+    Within 1e-3 of the value (3e-3 for b / scale below 2^-11) and a step, and what a and b err by themselves. Eleven
+    rounds; n + n / 2 words for n quotients, those of `power` and two more per denominator.
+    """
+    down = round(math.log2(module.scale))  # a power of two is free
+    b = _entered(denominator).settle()
+    b = b.to(max(b.bits, session.bits + 4)) + module.eps
+    b = Share(b.data, b.bits + down)
+    inverse = power(b, -1.0, QUOTIENT, extra=max(0, 17 - session.bits), nonzero=False, exact=True)
+    a = _entered(numerator).settle()
+    # Quotients below 2^8 leave 54 bits to the product.
+    a = a.to(min(a.bits, 54 - inverse.bits - down))
+    y = multiply(a, inverse)
+    return truncate(Share(y.data, y.bits + down), session.bits)
+
+
+def exponential(module: Exponential, secret: dict, x: Share) -> Share:
+    """exp(a - max a) for entries that differ by less than 118, as `softmax` finds it; without a maximum, a <= 0.
+
+    The maximum to 2^-12 per comparison, since here no sum makes up for a common factor. Within 1e-3 of the value, 2^-12
+    ceil(log2 K) of it and 2^-13. 3 ceil(log2 K) + 5 rounds for the largest of K; 1.5 n words, n for the maximum.
+    """
+    x = x.settle().to(session.bits)
+    if module.dims:
+        best = _largest(Share(x.data.flatten(-module.dims), x.bits), -1, 12, 5)
+        x = x - best[(..., *[None] * (module.dims - 1))]
+    return _exponentials(x)
+
+
+def squared_norm(module: SquaredNorm, secret: dict, x: Share) -> Share:
+    """Sum of squares of each row, from one opening. One round; n words."""
+    y = _square(x.settle().to(session.bits))
+    return Share(y.data.sum(-1, keepdim=True), y.bits)
+
+
+def head_linear(module: HeadLinear, secret: dict, x: Share) -> Share:
+    """A matrix per head times the tokens, known to the server. One round; n / 2 words."""
+    weight = secret["weight"]
+    out = (*x.shape[:-2], weight.shape[-2], x.shape[-1])
+    return by_weight(("heads",), weight.name, x.settle().to(session.bits), weight, out)
+
+
+def token_conv(module: TokenConv, secret: dict, x: Share) -> Share:
+    """A kernel per head along the tokens, known to the server; masked before shifts overlap. One round; n / 2 words."""
+    weight = secret["weight"]
+    return by_weight(("taps",), weight.name, x.settle().to(session.bits), weight, tuple(x.shape))
+
+
+def gain(module: Gain, secret: dict, x: Share) -> Share:
+    """A factor that the server knows, entry by entry. One round; n / 2 words."""
+    weight = secret["weight"]
+    out = tuple(torch.broadcast_shapes(x.shape, weight.shape))
+    return by_weight(("multiply",), weight.name, x.settle().to(session.bits), weight, out)
+
+
+def moved(module: nn.Module, secret: dict, x: Share) -> Share:
+    """What only takes and adds up entries, the same on integers. Local."""
+    x = x.settle()
+    return Share(module(x.data), x.bits)
+
+
+def segment_means(module: SegmentMeans, secret: dict, x: Share) -> Share:
+    """Sums over segments, times the public 1 / size, right to 2^-(`session.bits` + 1) of the mean. Local."""
+    x = x.settle().to(session.bits)
+    segment = torch.tensor(module.assignment())
+    sizes = segment.bincount()[:, None]
+    sums = x.data.new_zeros(*x.shape[:-2], module.segments, x.shape[-1])
+    sums.index_add_(-2, segment.to(x.data.device), x.data)
+    bits = session.bits + _log2(int(sizes.max()))
+    factors = (2.0**bits / sizes).round().long().to(x.data.device)
+    return Share(sums * factors, x.bits + bits).to(session.bits)
+
+
+def reweight(module: Reweight, secret: dict, x: Share) -> Share:
+    """Rows times public cosines and sines, rounded to `session.bits`. Local."""
+    x = x.settle().to(session.bits)
+    factors = (module.factors().T[:, :, None] * 2.0**session.bits).round().long().to(x.data.device)  # (N, F, 1)
+    return Share((x.data.unsqueeze(-2) * factors).flatten(-2), x.bits + session.bits).to(session.bits)
+
+
+class _Powers:
+    """Products of square matrices, each opened masked once for all that it is in.
+
+    The mask of a matrix stays with it, as that of a weight does: what is opened is that one masked value.
+
+    Args:
+        shape: of every matrix, (..., m, m).
+        count: how many there will be.
+        pairs: the products that will be asked for, matrices counted from zero in the order of `open`.
+    """
+
+    def __init__(self, shape: tuple, count: int, pairs: list[tuple[int, int]]):
+        self.masks, self.products = session.correlation("products", tuple(shape), count, tuple(pairs))
+        self.shares, self.opened = [], []
+
+    def open(self, x: Share) -> int:
+        """Take in a matrix; its number. One round; its words."""
+        self.shares.append(x)
+        self.opened += session.reveal(x.data - self.masks[len(self.opened)])
+        return len(self.opened) - 1
+
+    def product(self, i: int, j: int, less: int = 0, halvings: int = 0) -> Share:
+        """X_i X_j, or X_i (less I - X_j) / 2^halvings, to FINE bits, below 2^(62 - 2 FINE). Two rounds; n / 2 words."""
+        e, f, mask = self.opened[i], self.opened[j], self.masks[j]
+        y = product(e, f + mask if session.serving else mask) + product(self.masks[i], f) + self.products[i, j]
+        if less:
+            y = (self.shares[i].data * less << FINE) - y
+        return truncate(Share(y, 2 * FINE + halvings), FINE)
+
+
+def _largest_sum(a: Share, dim: int) -> Share:
+    """The largest sum along a dimension, (..., 1), to 2^-16."""
+    sums = Share(a.data.sum(dim), a.bits).to(16)
+    return _largest(sums, -1, 16, -(-(18 + _log2(a.shape[-1])) // 4))
+
+
+def newton_inverse(module: NewtonInverse, secret: dict, a: Share) -> Share:
+    """(A + ridge I)^-1 by Newton's iteration, as the module defines it, for row sums from 2^-4 to 2 m.
+
+    Of an error d of Z a step that has converged leaves d A d, so that only the last step's rounding remains, about
+    sqrt(m) |Z| 2^-24, and the ridge's, |Z|^2 2^-25. The starting value is right to 1e-2, which the iteration forgets.
+
+    6 rounds per iteration, 3 ceil(log2 m) + 6 before; with n = m^2 entries (1 + 3 iterations) n words.
+    """
+    steps, size = module.iterations, a.shape[-1]
+    one = torch.eye(size, dtype=torch.int64, device=a.data.device)
+    a = a.settle().to(FINE).plus(one * round(module.ridge * 2.0**FINE))
+    start = power(_largest_sum(a, -1), -1.0, (RIDGED_SUM, _log2(size) + 1), factor=1.5).to(FINE)
+    z = Share(start.data[..., None] * one, FINE)
+    # Matrices: A, then Z and A Z of each step.
+    places = [(2 * i + 1, 2 * i + 2) for i in range(steps)]
+    powers = _Powers(a.shape, 1 + 2 * steps, [pair for now, az in places for pair in ((0, now), (now, az))])
+    powers.open(a)
+    for now, az in places:
+        powers.open(z)
+        powers.open(powers.product(0, now))
+        z = powers.product(now, az, less=2)
+    return z
+
+
+def pseudo_inverse(module: PseudoInverse, secret: dict, a: Share) -> Share:
+    """The iteration of Nystromformer, Eq. 11, as the module defines it, for column sums that are at most 2 m.
+
+    A step takes four products: A Z, then A Z (7 - A Z), A Z (15 - ...) and Z (13 - ...) / 4. Where A is nearly singular
+    the result has not converged and depends on the starting value, whose reciprocal therefore takes one Newton step,
+    and each step enlarges a rounding error by 13/4: at the end it is about sqrt(m) 2^-24 (13/4)^iterations.
+
+    12 rounds per iteration, 3 ceil(log2 m) + 15 before; with n = m^2 entries (3 + 6 iterations) n words.
+    """
+    steps, size = module.iterations, a.shape[-1]
+    a = a.settle().to(FINE)
+    most = _largest_sum(a, -2)
+    inverse = power(most, -1.0, (-1, _log2(size) + 1), extra=4).to(FINE)
+    off = truncate(multiply(most, inverse), FINE)
+    inverse = truncate(multiply(inverse, 2 - off), FINE)
+    z = truncate(multiply(Share(a.data.mT, FINE), inverse[..., None]), FINE)
+    # Matrices: A, then Z, A Z and the two brackets of each step.
+    places = [range(4 * i + 1, 4 * i + 5) for i in range(steps)]
+    pairs = [pair for now, az, b, c in places for pair in ((0, now), (az, az), (az, b), (now, c))]
+    powers = _Powers(a.shape, 1 + 4 * steps, pairs)
+    powers.open(a)
+    for now, az, b, c in places:
+        powers.open(z)
+        powers.open(powers.product(0, now))
+        powers.open(powers.product(az, az, less=7))
+        powers.open(powers.product(az, b, less=15))
+        z = powers.product(now, c, less=13, halvings=2)
+    return z
+
+
 MODULES = {
     nn.Linear: linear,
     nn.Conv2d: conv2d,
     MatMul: matmul,
+    Multiply: times,
+    Divide: divide,
+    Exponential: exponential,
+    SquaredNorm: squared_norm,
+    HeadLinear: head_linear,
+    TokenConv: token_conv,
+    Gain: gain,
+    Take: moved,
+    TokenSum: moved,
+    SegmentMeans: segment_means,
+    Reweight: reweight,
+    NewtonInverse: newton_inverse,
+    PseudoInverse: pseudo_inverse,
     nn.ReLU: relu,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
@@ -334,8 +577,8 @@ MODULES = {
 def _layout(name: str):
     """A method that only moves numbers about."""
 
-    def apply_to(x: Share, *args, **kwargs):
-        x = x.settle()
+    def apply_to(x: Share | Weight, *args, **kwargs):
+        x = _entered(x).settle()
         moved = getattr(x.data, name)(*args, **kwargs)
         if isinstance(moved, tuple):
             return tuple(Share(part, x.bits) for part in moved)
@@ -345,7 +588,7 @@ def _layout(name: str):
 
 
 def _cat(parts: list[Share], dim: int = 0) -> Share:
-    parts = [part.settle() for part in parts]
+    parts = [_entered(part).settle() for part in parts]
     bits = max(part.bits for part in parts)
     return Share(torch.cat([part.to(bits).data for part in parts], dim), bits)
 
@@ -357,6 +600,8 @@ FUNCTIONS = {
     operator.add: operator.add,
     operator.sub: operator.sub,
     operator.mul: operator.mul,
+    operator.truediv: operator.truediv,
+    operator.neg: operator.neg,
     operator.getitem: operator.getitem,
     torch.add: operator.add,
     torch.cat: _cat,
@@ -421,7 +666,8 @@ def prepare(network, shape: tuple, rank: int, options) -> None:
     session.check, session.link = options.check, options.link
     session.audit = None if options.audit is None else []
     session.recording = True
-    network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
+    with without_compiler():
+        network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
     session.recording = False
     keys = [None, None]
     if options.provider == "TTP":
@@ -531,6 +777,24 @@ def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> str | None:
     return outside("scores", a, (-64, 64)) or _sums("scaled sums", sums, ROW_SUM, zeros=True)
 
 
+def _divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> str | None:
+    a, b = torch.broadcast_tensors(a, b + module.eps)
+    units = b / 2.0 ** round(math.log2(module.scale))
+    # Below the range a quotient may come out three times as large: that is nothing where it is next to nothing.
+    small = (a / b).abs() < 2.0**-11
+    return (
+        outside("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
+        or outside("quotients", a / b, (-(2.0**8), 2.0**8))
+        or _sums("scaled denominators", units.masked_fill(small, 0), QUOTIENT, zeros=True)
+    )
+
+
+def _exponential_domain(module: Exponential, a: torch.Tensor) -> str | None:
+    if not module.dims:
+        return outside("exponents", a, (-118, 0.05))
+    return outside("spreads", _spread(a.flatten(-module.dims), -1), (0, 118))
+
+
 DOMAINS = {
     nn.ReLU: lambda m, x: outside("inputs", x, (-64, 64)),
     nn.MaxPool2d: lambda m, x: outside("inputs", x, (-32, 32)),
@@ -541,4 +805,8 @@ DOMAINS = {
     TwoReLU: _two_relu_domain,
     L2Q: _l2q_domain,
     L1: lambda m, x: _sums("sums", x.sum(m.dim), L1_SUM),
+    Divide: _divide_domain,
+    Exponential: _exponential_domain,
+    NewtonInverse: lambda m, a: _sums("row sums", a.sum(-1).amax(-1) + m.ridge, (RIDGED_SUM, _log2(a.shape[-1]) + 1)),
+    PseudoInverse: lambda m, a: _sums("column sums", a.sum(-2).amax(-1), (-1, _log2(a.shape[-1]) + 1)),
 }

@@ -1,18 +1,15 @@
 """Encrypted accuracy: refused, stopped and resumed, recorded; drift and precision on networks trained for a moment."""
 
-import importlib
 
 import pytest
 import torch
 from torch import nn
 
 from salvit_core import CCT, preset, private, records, runs
-from salvit_core.private import studies
-from salvit_core.private.evaluate import DriftRun, EvaluationRun, drift, ensure, evaluate
+from salvit_core.private import evaluation, studies
+from salvit_core.private.evaluation import DriftRun, EvaluationRun, drift, ensure, evaluate
 from salvit_core.private.sessions import SessionRun
 from salvit_core.training import Recipe
-
-module = importlib.import_module("salvit_core.private.evaluate")  # the package has a function of that name
 
 TRAINED = runs.TrainRun(
     "digits", preset("cct_2_3x1", "SA L2Q"), Recipe(epochs=3, batch=64, lr=2e-3, augment="none"), images=512
@@ -38,7 +35,7 @@ def refused(*args, **kwargs):
 
 @pytest.mark.parametrize("n", [0, -3, 100_000])
 def test_a_number_of_images_that_there_is_not_is_refused(monkeypatch, n):
-    monkeypatch.setattr(module, "infer", refused)
+    monkeypatch.setattr(evaluation, "infer", refused)
     data = runs.dataset("digits")
     with pytest.raises(ValueError, match=rf"n is {n}: the test split of digits has {len(data.test.labels)} images"):
         evaluate(model(), data, n=n)
@@ -53,7 +50,7 @@ def asked(monkeypatch):
         counts.append(len(images))
         return infer(model, images, *args, **kwargs)
 
-    monkeypatch.setattr(module, "infer", counting)
+    monkeypatch.setattr(evaluation, "infer", counting)
     return counts
 
 
@@ -70,14 +67,14 @@ def check(found, n):
 
 
 def test_stopped_and_resumed(root, asked, monkeypatch):
-    data, folder, save = runs.dataset("digits"), root / "unfinished", module._save
+    data, folder, save = runs.dataset("digits"), root / "unfinished", evaluation._save
 
     def stopped(what, path):
         save(what, path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_save", stopped)
+        patch.setattr(evaluation, "_save", stopped)
         evaluate(model(), data, n=9, batch=1, folder=folder)
     left = torch.load(folder / "queries.pt", weights_only=True)
     done = len(left["logits"])

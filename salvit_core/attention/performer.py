@@ -1,0 +1,120 @@
+"""Performer: softmax's kernel from random features, FAVOR+ (Choromanski et al., "Rethinking attention", 2021)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .operations import Divide, Exponential, MatMul, SquaredNorm, TokenSum, unit_values
+
+# Added to every feature, so that no denominator is zero. Fixed point with 13 fractional bits still holds it.
+EPS = 2.0**-12
+
+
+class Performer(nn.Module):
+    """out_i = sum_j (f(q_i) . f(k_j)) v_j / sum_j f(q_i) . f(k_j) per head (Section 2), f of m random features.
+
+    f(x) = exp(W x' - |x'|^2 / 2) / sqrt(m), x' = x / D^(1/4): positive, and E f(q) . f(k) = exp(q . k / sqrt(D))
+    (Lemma 1). From the exponents the largest is subtracted, per query, and per head among all keys; that cancels in
+    the quotient. A small eps is added to every feature, as in the paper's code.
+
+    W, m x D, is no weight that is learnt: `redraw` draws blocks of D orthogonal rows (Section 3.2), whose lengths are
+    those of independent Gaussian vectors, chi-distributed with D degrees of freedom, so that every row is Gaussian
+    and the estimate unbiased; rows all sqrt(D) long would vary less and be biased.
+
+    Cost: O(N m D) per head.
+
+    Args:
+        width: dimension M of the model.
+        heads: number of heads H; D = M / H.
+        tokens: number of tokens N.
+        normalizer: ignored; the mechanism divides by its own sum.
+        dropout: ignored; there are no attention weights to drop.
+        memory: number of random features m, shared by the heads.
+        eps: added to every feature.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        tokens: int,
+        normalizer: Callable[..., nn.Module],
+        dropout: float = 0.1,
+        memory: int = 64,
+        eps: float = EPS,
+    ):
+        super().__init__()
+        self.heads, self.head, self.tokens, self.eps = heads, width // heads, tokens, eps
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.features = nn.Linear(self.head, memory, bias=False).requires_grad_(False)  # W
+        self._make_kernel()
+        self.scores = MatMul()
+        self.sum = TokenSum()
+        self.denominator = MatMul()
+        self.values = MatMul()
+        self.projection = nn.Linear(width, width)
+        self.redraw()
+
+    def _make_kernel(self) -> None:
+        self.norms = SquaredNorm()
+        self.kernel = nn.ModuleList([Exponential(1), Exponential(2)])  # of queries, of keys
+        self.normalizer = Divide()  # at most N, but the largest features, which become one, are far above the others
+        self.scale = 1 / self.features.out_features
+
+    def redraw(self) -> None:
+        """Draw W anew, from torch's global generator."""
+        count, size = self.features.weight.shape
+        blocks, triangles = torch.linalg.qr(torch.randn(-(-count // size), size, size))
+        # Only with the signs that make R's diagonal positive is Q uniform: Householder's method leaves others.
+        blocks = blocks * triangles.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        rows = blocks.mT.flatten(0, 1)[:count] * torch.randn(count, size).norm(dim=1, keepdim=True)
+        with torch.no_grad():
+            self.features.weight.copy_(rows)
+
+    def feature_maps(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys (B, H, N, D) -> sqrt(m) f of both, (B, H, N, m)."""
+        both = torch.cat([query, key], 1) * self.head**-0.25  # (B, 2 H, N, D)
+        exponents = self.features(both) - self.norms(both) * 0.5
+        query = self.kernel[0](exponents[:, : self.heads])
+        key = self.kernel[1](exponents[:, self.heads :])
+        return query + self.eps, key + self.eps
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Queries and keys (B, H, N, D), values (B, H, N, C) -> (B, H, N, C)."""
+        query, key = self.feature_maps(query, key)
+        context = self.scores(key.transpose(-2, -1), value)  # (B, H, m, C)
+        total = self.sum(key)  # (B, H, 1, m)
+        denominator = self.denominator(query, total.transpose(-2, -1)) * self.scale  # (B, H, N, 1)
+        return self.normalizer(self.values(query, context) * self.scale, denominator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> tokens (B, N, M)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
+        values = self.attend(query, key, value)  # (B, H, N, D)
+        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> the quotient's weights (B, H, N, N): out_i = sum_j weights_ij value_j."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
+        return self.attend(query, key, unit_values(x, self.heads))
+
+
+class ReLUPerformer(Performer):
+    """Performer with f(x) = relu(W x') / sqrt(m): generalised attention, which approximates no softmax (Section 2.2).
+
+    Args, cost and shapes as `Performer`.
+    """
+
+    def _make_kernel(self) -> None:
+        self.kernel = nn.ReLU()
+        self.normalizer = Divide(scale=1 / (2 * math.pi))  # E relu(a) relu(b) of independent a, b of variance one
+        self.scale = 1 / (self.features.out_features * self.tokens)  # 1 / N cancels, and keeps denominators small
+
+    def feature_maps(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys (B, H, N, D) -> sqrt(m) f of both, (B, H, N, m)."""
+        both = self.kernel(self.features(torch.cat([query, key], 1) * self.head**-0.25)) + self.eps
+        return both[:, : self.heads], both[:, self.heads :]
