@@ -9,8 +9,7 @@ from zoo import Zoo
 
 from salvit_core import CCT, preset, private
 from salvit_core.activations import ACTIVATIONS, LearnedQuad, Quad
-from salvit_core.attention import ATTENTION
-from salvit_core.attention import operations
+from salvit_core.attention import ATTENTION, operations
 from salvit_core.attention.operations import MatMul
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
