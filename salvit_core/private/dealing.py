@@ -276,6 +276,12 @@ def square(deal: Dealing, shape: tuple):
     return r.mine, deal.share(lambda: r.clear * r.clear, *shape)
 
 
+def powers(deal: Dealing, count: int, degree: int):
+    """A mask r and its powers up to r^degree."""
+    r = deal.mask(count)
+    return r.mine, _powers(deal, r, count, degree)
+
+
 def layer_norm(deal: Dealing, shape: tuple):
     """For rows x and a factor y per row: masks r of x and b of y, the sum of r^2 in each row, and r b."""
     rows = (*shape[:-1], 1)
@@ -462,6 +468,7 @@ CORRELATIONS = {
         products,
         multiply,
         square,
+        powers,
         layer_norm,
         quadratic,
         truncation,

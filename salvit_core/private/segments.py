@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .dealing import DIGIT, chain, pack, subsets, unpack, variables
-from .shares import Share, session, truncate
+from .shares import Share, multiply, session, truncate
 
 WINDOW_DIGITS = 4  # of a comparison: 16 bits
 
@@ -238,13 +238,7 @@ def _curves(octaves: tuple[int, int], exponent: float, factor: float, bits: int,
 
 
 def power(
-    x: Share,
-    exponent: float,
-    octaves: tuple[int, int],
-    factor: float = 1.0,
-    extra: int = 0,
-    nonzero: bool = True,
-    exact: bool = False,
+    x: Share, exponent: float, octaves: tuple[int, int], factor: float = 1.0, extra: int = 0, nonzero: bool = True
 ) -> Share:
     """Factor x^exponent for x from 2^low to 2^high, to about 5e-4 of its value; below 2^low it follows the last curve.
 
@@ -259,7 +253,6 @@ def power(
         factor: a public number.
         extra: fractional bits of the result beyond `session.bits` + 1.
         nonzero: whether a value below 2^low is out of range; zeros may be meant.
-        exact: whether the last truncation is `truncate`, which many extra bits need: two rounds and n / 2 words more.
     """
     low, high = octaves
     if x.bits + low < 4:
@@ -277,4 +270,57 @@ def power(
     (e,) = session.reveal(v.data - r2)
     curves = _curves(octaves, exponent, factor, bits, session.bits + 1 + extra)
     y = Share(_evaluate(curves, e, r2, powers2, chosen2, gamma).view(x.shape), curves.bits)
-    return truncate(y, session.bits + 1 + extra) if exact else y.to(session.bits + 1 + extra)
+    return y.to(session.bits + 1 + extra)
+
+
+# Reciprocals of many numbers: one knot per octave, and one polynomial for all
+
+INVERSE_BITS = 11  # of v, whose fifth power must fit
+
+
+@functools.cache
+def _octaves(octaves: tuple[int, int], bits: int) -> tuple[Polynomials, Polynomials]:
+    """X times the power of two that takes it to [2^(high - 1), 2^high), and that power, of high - 1 fractional bits."""
+    count = octaves[1] - octaves[0]
+    knots = [2.0 ** (octaves[0] + j + bits) for j in range(1, count)]
+    shifts = [2.0 ** (count - 1 - j) for j in range(count)]
+    scaled = Polynomials(knots, [(0.0, [0.0, shift]) for shift in shifts], 0, 0)
+    return scaled, Polynomials(knots, [(0.0, [shift]) for shift in shifts], 0, 0)
+
+
+@functools.cache
+def _inverse(bits: int, extra: int) -> Polynomials:
+    """1 / v for v in [1, 2), within 1.4e-4; below 4.4 for v from zero to one."""
+    return Polynomials([], fitted(lambda v: 1 / v, [1.0, 2.0], 5, extra), bits, extra)
+
+
+def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
+    """1 / x for x from 2^low to 2^high, to 7e-4 of its value; below 2^low, zero included, less than 5 * 2^-low.
+
+    `power` for many numbers: its J is a quarter, for three rounds more. Three rounds find x's octave and with it a
+    secret power of two that takes x to v in [1, 2), two truncate v, one opens it masked for a quintic, two truncate
+    that, one multiplies by the power of two. With J = high - low - 1 and k digits: 5 n words and J (2 k - 1) n bits.
+
+    Args:
+        x: not negative.
+        octaves: low and high.
+        bits: fractional bits of 1 / v; those of the result are high - 1 more.
+    """
+    low, high = octaves
+    if x.bits + low < 4:
+        x = x.to(4 - low)
+    lowest = x.bits + low - 4
+    digits = -(-(high + x.bits + 2 - lowest) // DIGIT)
+    count = x.data.numel()
+    _check(x.data, 0, round(2.0 ** (high + x.bits)))
+    scaling, shift = _octaves(octaves, x.bits)
+    supply = session.correlation("comparison", count, len(scaling.knots), 1, digits, lowest)
+    found = _segments(x.data.reshape(-1), scaling.knots, lowest, digits, supply)
+    v = truncate(Share(_evaluate(scaling, *found), high - 1 + x.bits), INVERSE_BITS)
+    r, raised = session.correlation("powers", count, 5)
+    (e,) = session.reveal(v.data - r)
+    nothing = torch.empty(0, count, dtype=torch.int64, device=e.device)
+    curve = _inverse(INVERSE_BITS, 59 - 5 * INVERSE_BITS)  # below 4.4, it stays within what `truncate` takes
+    y = truncate(Share(_evaluate(curve, e, r, raised, [nothing] * 6, nothing), curve.bits), bits)
+    y = multiply(y, Share(_evaluate(shift, *found), high - 1))
+    return Share(y.data.view(x.shape), y.bits)

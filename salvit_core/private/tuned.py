@@ -58,7 +58,7 @@ from ..cct import StochasticDepth
 from ..compat import without_compiler
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .dealing import CLIENT, SERVER, Dealing, new_key, product
-from .segments import Polynomials, fitted, maximum, piecewise, positive_part, power
+from .segments import Polynomials, fitted, maximum, piecewise, positive_part, power, reciprocal
 from .shares import BITS, Share, Weight, by_weight, keep_memory, multiply, scaled, session, truncate
 from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of the table
 
@@ -367,17 +367,17 @@ def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator:
 
     Such a b is a sum of many terms >= 0, of which `scale`, rounded to a power of two, is the usual size: few sums are
     64 times larger, but where most terms are near zero it can be small, down to eps, 2^-14. The reciprocal of b / scale
-    has 18 fractional bits, 12 of them where it is smallest, and a keeps the bits it comes with. Below 2^-12 scale the
-    reciprocal stays below 3 * 2^12 / scale.
+    has 23 fractional bits, 18 of them of its own, and a keeps the bits it comes with. Below 2^-12 scale the
+    reciprocal stays below 5 * 2^12 / scale.
 
-    Within 1e-3 of the value (3e-3 for b / scale below 2^-11) and a step, and what a and b err by themselves. Eleven
-    rounds; n + n / 2 words for n quotients, those of `power` and two more per denominator.
+    Within 1e-3 of the value (3e-3 for b / scale below 2^-11) and a step, and what a and b err by themselves. Twelve
+    rounds; n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
     """
     down = round(math.log2(module.scale))  # a power of two is free
     b = _entered(denominator).settle()
     b = b.to(max(b.bits, session.bits + 4)) + module.eps
     b = Share(b.data, b.bits + down)
-    inverse = power(b, -1.0, QUOTIENT, extra=max(0, 17 - session.bits), nonzero=False, exact=True)
+    inverse = reciprocal(b, QUOTIENT, 18)
     a = _entered(numerator).settle()
     # Quotients below 2^8 leave 54 bits to the product.
     a = a.to(min(a.bits, 54 - inverse.bits - down))
