@@ -90,6 +90,7 @@ PROFILES = {
         ),
         Profile(
             "quick",
+            queries=1,
             trained="cct_4_3x2",
             images=4000,
             recipe=Recipe(epochs=3, batch=64, lr=2e-3, augment="crop"),

@@ -215,7 +215,7 @@ def newton_inverse(module: NewtonInverse, secret: Secrets, a: MPCTensor) -> MPCT
 
 
 def pseudo_inverse(module: PseudoInverse, secret: Secrets, a: MPCTensor) -> MPCTensor:
-    """The iteration of Nystromformer, Eq. 11, by Beaver products, the starting value as in `newton_inverse`."""
+    """Nystromformer's iteration by Beaver products, the starting value as in `newton_inverse`."""
     one = torch.eye(a.size(-1))
     largest = a.sum(-2).max(-1, keepdim=True)[0]
     z = a.transpose(-2, -1) * largest.reciprocal().unsqueeze(-1)

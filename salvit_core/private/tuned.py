@@ -39,6 +39,7 @@ from torch import fx, nn
 
 from ..activations import LearnedQuad, Quad
 from ..attention.operations import (
+    EPS,
     Divide,
     Exponential,
     Gain,
@@ -510,7 +511,7 @@ def newton_inverse(module: NewtonInverse, secret: dict, a: Share) -> Share:
 
 
 def pseudo_inverse(module: PseudoInverse, secret: dict, a: Share) -> Share:
-    """The iteration of Nystromformer, Eq. 11, as the module defines it, for column sums that are at most 2 m.
+    """Nystromformer's iteration, as the module defines it, for column sums that are at most 2 m.
 
     A step takes four products: A Z, then A Z (7 - A Z), A Z (15 - ...) and Z (13 - ...) / 4. Where A is nearly singular
     the result has not converged and depends on the starting value, whose reciprocal therefore takes one Newton step,
@@ -520,7 +521,7 @@ def pseudo_inverse(module: PseudoInverse, secret: dict, a: Share) -> Share:
     """
     steps, size = module.iterations, a.shape[-1]
     a = a.settle().to(FINE)
-    most = _largest_sum(a, -2)
+    most = _largest_sum(a, -2) + EPS
     inverse = power(most, -1.0, (-1, _log2(size) + 1), extra=4).to(FINE)
     off = truncate(multiply(most, inverse), FINE)
     inverse = truncate(multiply(inverse, 2 - off), FINE)
