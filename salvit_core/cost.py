@@ -37,7 +37,7 @@ CONVENTIONS = ("paper", "torch")
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters; one that is shared (global L2Q) counts once."""
+    """Number of parameters, drawn ones that are not learnt among them; one that is shared (global L2Q) counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -42,7 +42,7 @@ class MixedCCT(CCT):
         choices: names of mechanisms; for each layer, where they are not the paper's two.
 
     Raises:
-        ValueError: unknown granularity, or choices that cannot be searched.
+        ValueError: unknown granularity, a ViT's configuration, or choices that cannot be searched.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class MixedCCT(CCT):
     ):
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity {granularity!r} is unknown: choose from {', '.join(GRANULARITIES)}")
+        if not isinstance(config, CCTConfig):
+            raise ValueError(f"the search is over a CCT's attention: {type(config).__name__} is of another network")
         self.choices = tuple(choices)
         if self.choices != PAIR and (granularity != "layer" or len(set(choices)) != len(choices) or len(choices) < 2):
             raise ValueError(f"choices {choices!r}: give two or more different mechanisms, and granularity 'layer'")

@@ -441,6 +441,7 @@ def test_a_budget_for_everything_takes_the_largest_alphas():
         (lambda: sas.mixed(preset("cct_2_3x1"), "head", choices=CHOICES), "granularity 'layer'"),
         (lambda: sas.mixed(preset("cct_2_3x1"), choices=("self", "self")), "two or more different mechanisms"),
         (lambda: sas.mixed(preset("cct_2_3x1"), choices=("self", "sand")), "attention 'sand' is unknown"),
+        (lambda: sas.mixed(preset("vit_2")), "ViTConfig is of another network"),
         (lambda: sas.penalty(sas.mixed(preset("cct_2_3x1")), prices=(1.0, 2.0)), "one alpha per choice"),
     ],
 )

@@ -240,7 +240,7 @@ class NewtonInverse(nn.Module):
 
 
 class PseudoInverse(nn.Module):
-    """Moore-Penrose inverse of matrices whose rows sum to one, Nystromformer's (Xiong et al., 2021; Razavi et al., 2014).
+    """Moore-Penrose inverse of matrices whose rows sum to one (Razavi et al., 2014; Nystromformer, Xiong et al., 2021).
 
     Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T / (|A|_1 |A|_inf), where |A|_inf, the largest row sum,
     is one and |A|_1 is the largest column sum.
