@@ -353,14 +353,16 @@ def test_stock_stays_in_its_domains(zoo):
 MECHANISMS = [name for name in ATTENTION if name not in ("self", "external", "scaling")]
 
 
-def test_every_mechanism_is_faithful():
-    """All mechanisms, layer upon layer, in two networks side by side."""
+def test_every_mechanism_is_faithful(tmp_path):
+    """All mechanisms, layer upon layer, in two networks side by side; every message of both looks random."""
     networks = {}
     for seed, names in enumerate((MECHANISMS[::2], MECHANISMS[1::2])):
         torch.manual_seed(seed)
         network = CCT(preset("cct_2_3x1", layers=len(names), attention=tuple(names)))
         networks[str(seed)] = random_like_trained(network, seed).eval()
     torch.manual_seed(3)
-    result = private.infer(Several(networks), torch.randn(1, 1, 8, 8), "tuned")
+    result = private.infer(Several(networks), torch.randn(1, 1, 8, 8), "tuned", audit=tmp_path)
     assert result.violations == []
     assert result.error < 0.01 and result.logits.abs().max() > 0.5
+    for role in ("server", "client"):
+        assert looks_random(torch.load(tmp_path / f"{role}.pt", weights_only=True))
