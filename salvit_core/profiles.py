@@ -19,7 +19,7 @@ class Profile:
         data: data sets to train on, names that `data.load` knows.
         trained: preset that is trained, its image size and classes those of the data set.
         changes: fields of `CCTConfig` in which the trained network differs from the preset.
-        images: training images used (0: all).
+        images: training images used, and a quarter as many to validate (0: all).
         recipe: of every training and of fine-tuning after a search.
         search_epochs: epochs of the search phase, E_NAS.
         seeds: how many seeds the ablations of notebook 02 have; the searches of notebook 03 have one.
@@ -92,8 +92,9 @@ PROFILES = {
             "quick",
             queries=1,
             trained="cct_4_3x2",
-            images=4000,
-            recipe=Recipe(epochs=3, batch=64, lr=2e-3, augment="crop"),
+            changes=dict(convolutions=1, stride=2),
+            images=3000,
+            recipe=Recipe(epochs=3, batch=64, lr=2e-3, augment="crop", channels_last=True),
             search_epochs=2,
         ),
         # CIFAR-10 on two CPU cores in about an hour: what the project's own records hold (data/reference).

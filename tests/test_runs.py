@@ -55,6 +55,7 @@ def search(**changes):
 
 
 def test_searches_share_their_first_phase(monkeypatch):
+    monkeypatch.setattr(runs, "MOST_TOGETHER", 1)  # in this process, where what is replaced below is
     phases = []
     fit = sas.fit
     monkeypatch.setattr(sas, "fit", lambda net, *a, **k: phases.append(a[-1].exists()) or fit(net, *a, **k))
@@ -89,7 +90,7 @@ def test_reference_gives_what_there_is():
 def test_profiles_make_runs(name):
     size = profiles.profile(name)
     config = preset(size.trained, "SA L2Q", **size.changes)
-    assert config.layers >= 4
+    assert config.layers >= (3 if name == "smoke" else 4)
     one = size.training("digits", config, seed=3, lr=0.5)
     assert one.seed == 3 and one.recipe.lr == 0.5 and one.images == size.images
     two = size.search("digits", config, 2, 1, rule="bottom", distill_logits=1.0, teacher=one)
@@ -121,3 +122,28 @@ def test_what_a_network_costs_in_the_clear_is_a_record(root):
     assert found["parameters"] == cost.parameters(CCT(clear.network))
     alone = runs.ensure(dataclasses.replace(clear, alone=True))["metrics"]
     assert 0 < alone["flops"] < found["flops"] and 0 < alone["memory"] <= found["memory"]
+
+
+def test_trainings_side_by_side_are_those_one_after_the_other(root, monkeypatch, tmp_path_factory):
+    """A teacher, its pupil and two searches of one first phase, in processes of their own; nothing is trained twice."""
+    plain = run()
+    pupil = dataclasses.replace(run(), recipe=dataclasses.replace(RECIPE, distill_logits=1.0), teacher=plain)
+    wanted = [pupil, search(), plain, search(budget=2)]
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    together = runs.collect(wanted)
+    assert [runs.key(one) for one in wanted] == [record["key"] for record in together]
+    assert len(list(root.rglob("nas.pt"))) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.json")}
+    assert len(stamps) == 4 and runs.collect(wanted) == together
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.json")} == stamps
+    monkeypatch.setattr(records, "ROOT", tmp_path_factory.mktemp("alone"))
+    monkeypatch.setattr(runs, "MOST_TOGETHER", 1)
+    for one, other in zip(runs.collect(wanted), together):
+        assert one["metrics"]["test_accuracy"] == pytest.approx(other["metrics"]["test_accuracy"], abs=1.0)
+
+
+def test_what_stops_a_training_side_by_side_is_said(root, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    broken = dataclasses.replace(run(), recipe=dataclasses.replace(RECIPE, lr=1e30))
+    with pytest.raises(FloatingPointError, match="epoch"):
+        runs.collect([run(), broken])
