@@ -93,9 +93,10 @@ PROFILES = {
             queries=1,
             trained="cct_4_3x2",
             changes=dict(convolutions=1, stride=2),
-            images=3000,
+            images=2000,
             recipe=Recipe(epochs=3, batch=64, lr=2e-3, augment="crop", channels_last=True),
             search_epochs=2,
+            encrypted=128,
         ),
         # CIFAR-10 on two CPU cores in about an hour: what the project's own records hold (data/reference).
         Profile(
