@@ -1,5 +1,6 @@
 """Every notebook as `make study PROFILE=smoke` runs it, in a root of its own, and a second time from its records."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,6 +86,13 @@ def run(root, only, *settings):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
 
 
+def shown(root, number):
+    """How many figures a reader of the executed notebook sees."""
+    (path,) = (root / "figures" / "executed").glob(f"{number}_*.ipynb")
+    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     made = tmp_path_factory.mktemp("root")
@@ -103,9 +111,10 @@ def test_notebook_runs(root, number):
             assert (root / "figures" / f"{name}.{kind}").stat().st_size > 5000, name
     for name in TABLES[number]:
         assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
+    assert shown(root, number) >= len(PICTURES[number])
     written = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
     assert written
-    if number in ("01", "03"):  # nothing is run twice; the other notebooks share these two's machinery
+    if number == "03":  # nothing is run twice; the other notebooks share this one's machinery
         assert run(root, number).returncode == 0
         again = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
         assert again == written
