@@ -17,8 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from . import records
 from .graph import KINDS
 
-# Loads the backend now. A notebook's turns interactive drawing on when it is loaded: were that at the first figure, which
-# is made in an rc_context, leaving the context would turn it off, and every figure but the first would stay unseen.
+# Loads the backend now. A notebook's turns interactive drawing on when it is loaded: were that at the first figure,
+# which is made in an rc_context, leaving it would turn that off, and every figure but the first would stay unseen.
 plt.switch_backend(plt.get_backend())
 
 WIDTH = 7.0  # inches: the text width of a two-column paper
