@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,14 +254,27 @@ def _train_together(runs: Sequence[Run], label: str) -> None:
     with tqdm(total=len(missing), desc=label) as bar:
         for wave in (first, [run for run in missing if run not in first]):
             with joblib.parallel_config("loky", inner_max_num_threads=max(1, (os.cpu_count() or 1) // workers)):
-                work = (joblib.delayed(_in_a_worker)(run, records.ROOT) for run in wave)
+                work = (joblib.delayed(_in_a_worker)(run, records.ROOT, os.getpid()) for run in wave)
                 for _ in joblib.Parallel(workers, return_as="generator_unordered")(work):
                     bar.update()
 
 
-def _in_a_worker(run: Run, root: Path) -> None:
+def _in_a_worker(run: Run, root: Path, parent: int) -> None:
+    """Train, and end with the process that asked for it, however that ends: checkpoints stay, as if it had trained."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            if done.wait(1.0):
+                return
+        os._exit(1)
+
+    done = threading.Event()
+    threading.Thread(target=follow, daemon=True).start()
     records.ROOT = root
-    ensure(run)
+    try:
+        ensure(run)
+    finally:
+        done.set()
 
 
 def trained(record: dict, source: str = "local") -> nn.Module:

@@ -1,7 +1,12 @@
 """Training runs as records: trained once, found again, their weights beside them, a search's first phase shared."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -147,3 +152,26 @@ def test_what_stops_a_training_side_by_side_is_said(root, monkeypatch):
     broken = dataclasses.replace(run(), recipe=dataclasses.replace(RECIPE, lr=1e30))
     with pytest.raises(FloatingPointError, match="epoch"):
         runs.collect([run(), broken])
+
+
+def test_workers_end_with_the_process_that_asked(tmp_path):
+    """Killed in the middle of two trainings, it leaves no worker behind."""
+    code = (
+        "from salvit_core import preset, runs\n"
+        "from salvit_core.training import Recipe\n"
+        "recipes = [Recipe(epochs=500, batch=64, augment='none', seed=seed) for seed in (0, 1)]\n"
+        "runs.collect([runs.TrainRun('digits', preset('cct_2_3x1'), recipe) for recipe in recipes])\n"
+    )
+    environment = {**os.environ, "SALVIT_ROOT": str(tmp_path), "LOKY_MAX_CPU_COUNT": "2"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+    workers, deadline = [], time.monotonic() + 120
+    while not list(tmp_path.rglob("checkpoint.pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "loky" in str(one.cmdline())]
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert workers
+    assert not psutil.wait_procs(workers, 30)[1]
+    assert list(tmp_path.rglob("checkpoint.pt"))
