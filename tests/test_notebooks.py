@@ -108,7 +108,7 @@ def test_notebook_runs(root, number):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in PICTURES[number]:
         for kind in ("png", "pdf"):
-            assert (root / "figures" / f"{name}.{kind}").stat().st_size > 5000, name
+            assert (root / "figures" / f"{name}.{kind}").stat().st_size > 4000, name
     for name in TABLES[number]:
         assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
     assert shown(root, number) >= len(PICTURES[number])
