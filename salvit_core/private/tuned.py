@@ -65,7 +65,7 @@ from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of 
 
 # Octaves, and absolute bounds, that the protocols cover. `DOMAINS` says what leaves them.
 VARIANCE = (-12, 8)
-ROW_SUM = (-12, 10)
+ROW_SUM = (-7, 11)
 L1_SUM = (-10, 6)
 QUOTIENT = (-12, 6)  # of a denominator over its public scale
 RIDGED_SUM = -4  # the least row sum of a matrix that NewtonInverse inverts
