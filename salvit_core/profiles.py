@@ -81,7 +81,7 @@ PROFILES = {
             queries=1,
             data=("digits",),
             trained="cct_2_3x1",
-            changes=dict(layers=3),
+            changes=dict(layers=4),
             images=256,
             recipe=Recipe(epochs=2, batch=64, lr=2e-3, augment="none"),
             search_epochs=1,

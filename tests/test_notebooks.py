@@ -108,13 +108,13 @@ def test_notebook_runs(root, number):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in PICTURES[number]:
         for kind in ("png", "pdf"):
-            assert (root / "figures" / f"{name}.{kind}").stat().st_size > 4000, name
+            assert (root / "figures" / f"{name}.{kind}").stat().st_size > 5000, name
     for name in TABLES[number]:
         assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
     assert shown(root, number) >= len(PICTURES[number])
     written = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
     assert written
-    if number == "03":  # nothing is run twice; the other notebooks share this one's machinery
+    if number in ("01", "03"):  # nothing is run twice; the other notebooks share these two's machinery
         assert run(root, number).returncode == 0
         again = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
         assert again == written

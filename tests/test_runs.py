@@ -95,7 +95,7 @@ def test_reference_gives_what_there_is():
 def test_profiles_make_runs(name):
     size = profiles.profile(name)
     config = preset(size.trained, "SA L2Q", **size.changes)
-    assert config.layers >= (3 if name == "smoke" else 4)
+    assert config.layers >= 4
     one = size.training("digits", config, seed=3, lr=0.5)
     assert one.seed == 3 and one.recipe.lr == 0.5 and one.images == size.images
     two = size.search("digits", config, 2, 1, rule="bottom", distill_logits=1.0, teacher=one)
