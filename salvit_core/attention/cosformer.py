@@ -6,10 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .operations import Divide, MatMul, Reweight, TokenSum, unit_values
+from .merged import MergedAttention
+from .operations import Divide, MatMul, Reweight, TokenSum
 
 
-class Cosformer(nn.Module):
+class Cosformer(MergedAttention):
     """out_i = sum_j w_ij v_j / sum_j w_ij, w_ij = (relu(q_i) . relu(k_j)) cos(i, j) per head (Section 3).
 
     The paper's cos(i, j) = cos(pi / 2 (i - j) / N) falls with the distance in a text. Here, where N is a square and
@@ -53,16 +54,3 @@ class Cosformer(nn.Module):
         total = self.sum(key) * (1 / self.tokens)  # (B, H, 1, F D)
         denominator = self.denominator(query, total.transpose(-2, -1))  # (B, H, N, 1)
         return self.normalizer(self.values(query, context), denominator)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        values = self.attend(query, key, value)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> w / sum w, (B, H, N, N): out_i = sum_j weights_ij value_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return self.attend(query, key, unit_values(x, self.heads))

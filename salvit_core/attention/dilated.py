@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .operations import Gain, MatMul, Take, unit_values
+from .merged import MergedAttention
+from .operations import Gain, MatMul, Take
 
 
 def windows(tokens: int, dilation: int, side: int) -> tuple[list[int], list[int]]:
@@ -46,7 +47,7 @@ def windows(tokens: int, dilation: int, side: int) -> tuple[list[int], list[int]
     return members, places
 
 
-class DilatedAttention(nn.Module):
+class DilatedAttention(MergedAttention):
     """Attention within windows at dilations 1, 2 and 4 plus linear attention to all tokens, gated per head.
 
     With q, k, v from one projection that all branches share, and W_d(i) the window of token i at dilation d, s x s
@@ -116,16 +117,3 @@ class DilatedAttention(nn.Module):
         for branch, gate in enumerate(self.gate[:-1]):
             out = out + gate(self.local(branch, rows))
         return out
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        values = self.attend(query, key, value)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> weights of all branches, gated and added, (B, H, N, N): out_i = sum_j weights_ij v_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return self.attend(query, key, unit_values(x, self.heads))

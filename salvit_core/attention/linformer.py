@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .operations import HeadLinear, MatMul, unit_values
+from .merged import MergedAttention
+from .operations import HeadLinear, MatMul
 
 
-class Linformer(nn.Module):
+class Linformer(MergedAttention):
     """softmax(Q (E K)^T / sqrt(D)) E V per head, any normaliser in softmax's place (Section 4).
 
     E, k x N, is learnt and one for keys, values and all heads ("key-value sharing"). It ties the module to N tokens.
@@ -58,19 +59,6 @@ class Linformer(nn.Module):
         key, value = self.reduce(key, value)
         scores = self.scores(query, key.transpose(-2, -1)) * self.head**-0.5  # (B, H, N, k)
         return self.values(self.dropout(self.normalizer(scores)), value)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        values = self.attend(query, key, value)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> P E, (B, H, N, N), of both signs: out_i = sum_j weights_ij value_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return self.attend(query, key, unit_values(x, self.heads))
 
 
 class HeadLinformer(Linformer):

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .operations import MatMul, PseudoInverse, SegmentMeans, TokenConv, unit_values
+from .merged import MergedAttention
+from .operations import MatMul, PseudoInverse, SegmentMeans, TokenConv
 
 
-class Nystromformer(nn.Module):
+class Nystromformer(MergedAttention):
     """R(Q L_k^T) R(L_q L_k^T)^+ R(L_q K^T) V + conv(V) per head, R the normaliser over keys.
 
     The landmarks L_q and L_k are means of the queries / sqrt(D) and of the keys in m segments. The convolution runs
@@ -64,16 +65,3 @@ class Nystromformer(nn.Module):
         )  # (B, H, N, m), (B, H, m, m), (B, H, m, N)
         means = self.values[1](self.inverse(middle), self.values[0](right, value))  # (B, H, m, C)
         return self.values[2](self.dropout(left), means) + self.conv(value)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        values = self.attend(query, key, value)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> weights (B, H, N, N), convolution included: out_i = sum_j weights_ij value_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return self.attend(query, key, unit_values(x, self.heads))

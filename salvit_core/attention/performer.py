@@ -6,13 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .operations import Divide, Exponential, MatMul, SquaredNorm, TokenSum, unit_values
+from .merged import MergedAttention
+from .operations import Divide, Exponential, MatMul, SquaredNorm, TokenSum
 
 # Added to every feature, so that no denominator is zero. Fixed point with 13 fractional bits still holds it.
 EPS = 2.0**-12
 
 
-class Performer(nn.Module):
+class Performer(MergedAttention):
     """out_i = sum_j (f(q_i) . f(k_j)) v_j / sum_j f(q_i) . f(k_j) per head (Section 2), f of m random features.
 
     f(x) = exp(W x' - |x'|^2 / 2) / sqrt(m), x' = x / D^(1/4): positive, and E f(q) . f(k) = exp(q . k / sqrt(D))
@@ -88,19 +89,6 @@ class Performer(nn.Module):
         total = self.sum(key)  # (B, H, 1, m)
         denominator = self.denominator(query, total.transpose(-2, -1)) * self.scale  # (B, H, N, 1)
         return self.normalizer(self.values(query, context) * self.scale, denominator)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        values = self.attend(query, key, value)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> the quotient's weights (B, H, N, N): out_i = sum_j weights_ij value_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return self.attend(query, key, unit_values(x, self.heads))
 
 
 class ReLUPerformer(Performer):

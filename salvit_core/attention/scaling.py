@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .merged import MergedAttention
 from .operations import MatMul
 
 
-class ScalingAttention(nn.Module):
+class ScalingAttention(MergedAttention):
     """Q / sqrt(N) (K^T V / sqrt(N)) per head: nothing is normalised, so K^T V comes first and N^2 never appears.
 
     Cost: O(N D^2) per head, all of it linear algebra.
@@ -29,16 +30,7 @@ class ScalingAttention(nn.Module):
         self.values = MatMul()
         self.projection = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> tokens (B, N, M)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        context = self.scores(key.transpose(-2, -1), value) * self.tokens**-0.5  # (B, H, D, D)
-        values = self.values(query * self.tokens**-0.5, context)  # (B, H, N, D)
-        return self.projection(values.transpose(1, 2).flatten(2))  # (B, N, M)
-
-    def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, M) -> Q K^T / N, (B, H, N, N), of both signs: out_i = sum_j weights_ij value_j."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        return query @ key.mT / self.tokens
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Queries and keys (B, H, N, D), values (B, H, N, C) -> (B, H, N, C); of values one by one, Q K^T / N."""
+        context = self.scores(key.transpose(-2, -1), value) * self.tokens**-0.5  # (B, H, D, C)
+        return self.values(query * self.tokens**-0.5, context)
