@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from salvit_core import CCT, preset, private
-from salvit_core.private import launch
+from salvit_core.private import launch, nursery
 
 TINY = preset("cct_2_3x1", attention=("self", "external"), normalizer="softmax")
 PARTY = [sys.executable, "-m", "salvit_core.private.party"]
@@ -34,11 +35,18 @@ def images(*shape):
 
 
 def parties_alive():
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "salvit_core.private.party" in (process.info["cmdline"] or []):
-            found.append(process)
-    return found
+    """Processes of parties by their names, ROLE:PORT, those that still import by their command lines."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if re.fullmatch("(server|client|dealer):[0-9]+", process.info["name"])
+        or "salvit_core.private.party" in (process.info["cmdline"] or [])
+    ]
+
+
+def watchers():
+    """What the nursery forked and has not ended: parties, and who waits for each."""
+    return psutil.Process(nursery._here.process.pid).children(recursive=True) if nursery._here else []
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +54,9 @@ def nothing_left_behind():
     assert not parties_alive()
     yield
     deadline = time.monotonic() + 10
-    while parties_alive() and time.monotonic() < deadline:
+    while (parties_alive() or watchers()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not parties_alive()
+    assert not parties_alive() and not watchers()
 
 
 class Cube(nn.Module):
@@ -101,7 +109,7 @@ class Sick(nn.Module):
     ],
 )
 def test_refused_before_any_process_starts(monkeypatch, change, message):
-    monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(launch, "bear", lambda *a, **k: pytest.fail("a process was started"))
     with pytest.raises(ValueError, match=message):
         private.infer(**{"model": model(), "images": images(), **change})
 
@@ -123,8 +131,8 @@ def test_a_killed_party_is_named(victim, name):
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             for process in parties_alive():
-                # Well into the run: this many CPU seconds take it past its imports.
-                if victim in process.cmdline() and sum(process.cpu_times()[:2]) > 3:
+                # Well into the run.
+                if process.name().startswith(victim) and sum(process.cpu_times()[:2]) > 1:
                     process.send_signal(signal.SIGKILL)
                     killed.append(time.monotonic())
                     return
@@ -148,7 +156,7 @@ def test_a_killed_dealer_is_named():
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             for process in parties_alive():
-                if "dealer" in process.cmdline() and sum(process.cpu_times()[:2]) > 2.5:
+                if process.name().startswith("dealer") and sum(process.cpu_times()[:2]) > 0.5:
                     process.send_signal(signal.SIGKILL)
                     return
             time.sleep(0.02)
@@ -276,9 +284,34 @@ def test_parties_end_with_the_process_that_started_them(tmp_path):
     while len(parties_alive()) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(parties_alive()) == 2
+    forked = psutil.Process(study.pid).children(recursive=True)
+    assert len(forked) == 5  # the nursery, two parties, and who waits for each
     study.kill()
     study.wait()
-    # The fixture checks that they are gone within 10 s.
+    _, alive = psutil.wait_procs(forked, timeout=10)
+    assert not alive
+
+
+def test_a_killed_nursery_is_replaced():
+    assert private.infer(model(), images()).faithful
+    old = nursery._here.process
+    old.kill()
+    old.wait()
+    assert private.infer(model(), images()).faithful
+    assert nursery._here.process.pid != old.pid
+
+
+def test_a_nursery_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(nursery, "_here", None)
+    monkeypatch.setattr(nursery.sys, "executable", "/bin/false")
+    fail(r"party [01] \((server|client)\) ended with status 1: the process that forks the parties ended")
+
+
+def test_a_party_has_the_environment_of_its_run(monkeypatch):
+    """Not that of the first run, whose nursery it comes from."""
+    assert private.infer(model(), images()).faithful
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    fail("nowhere0")
 
 
 def test_results_leave_no_files(tmp_path, monkeypatch):

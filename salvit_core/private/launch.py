@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from torch import nn
 from ..graph import KINDS, TRACING, trace
 from .interpreter import DomainInterpreter, unsupported
 from .network import Link
+from .nursery import Born, bear
 from .party import PROTOCOLS, PROVIDERS, ROLES, PartyError, image_problem, listen, write_architecture
 
 # The encrypted logits count as the clear ones when they differ by no more than this anywhere.
@@ -280,31 +279,20 @@ def run_parties(
     except PartyError as error:
         raise PrivateInferenceError(f"party 0 (server): {error}") from error
     port = meeting.getsockname()[1]
-    threads = str(max(1, (os.cpu_count() or 1) // len(parties)))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-    running: dict[str, subprocess.Popen] = {}
+    deadline = time.monotonic() + timeout
+    threads = max(1, (os.cpu_count() or 1) // len(parties))
+    running: dict[str, Born] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(meeting)
         stack.callback(_stop, running)
         for role, options in parties.items():
-            command = [sys.executable, "-m", "salvit_core.private.party", role, f"--meet={host}:{port}", "--leash"]
-            inherited = [meeting.fileno()] if role == "server" else []
-            if inherited:
-                command.append(f"--listen={inherited[0]}")
-            log = stack.enter_context(open(folder / f"{role}.log", "wb"))
-            running[role] = subprocess.Popen(
-                [*command, f"--timeout={timeout + 5}", *options],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                pass_fds=inherited,
-            )
+            words = [role, f"--meet={host}:{port}", "--leash", f"--timeout={timeout + 5}", *options]
+            running[role] = bear(words, folder, threads, [meeting.fileno()] if role == "server" else [])
         meeting.close()
-        _watch(running, time.monotonic() + timeout, timeout, folder, look)
+        _watch(running, deadline, timeout, folder, look)
 
 
-def _watch(running: dict[str, subprocess.Popen], deadline: float, timeout: float, folder: Path, look=None) -> None:
+def _watch(running: dict[str, Born], deadline: float, timeout: float, folder: Path, look=None) -> None:
     while any(process.poll() is None for process in running.values()):
         failed = [role for role, process in running.items() if process.poll() not in (None, 0)]
         if failed:
@@ -326,7 +314,7 @@ def _watch(running: dict[str, subprocess.Popen], deadline: float, timeout: float
         raise PrivateInferenceError(_last_words(failed + others, running, folder))
 
 
-def _last_words(roles: list[str], running: dict[str, subprocess.Popen], folder: Path) -> str:
+def _last_words(roles: list[str], running: dict[str, Born], folder: Path) -> str:
     words = []
     for role in roles:
         lines = (folder / f"{role}.log").read_text(errors="replace").strip().splitlines()
@@ -339,9 +327,9 @@ def _last_words(roles: list[str], running: dict[str, subprocess.Popen], folder: 
     return "; ".join(words)
 
 
-def _stop(running: dict[str, subprocess.Popen]) -> None:
+def _stop(running: dict[str, Born]) -> None:
     for process in running.values():
         if process.poll() is None:
             process.kill()
         process.wait()
-        process.stdin.close()
+        process.close()

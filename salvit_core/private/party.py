@@ -10,6 +10,7 @@ architecture is public: a configuration's JSON file, or a graph written by `laun
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..cct import config_of
+from ..compat import without_compiler
 from ..graph import trace
 from ..vit import build
 from . import stock, tuned
@@ -230,7 +232,9 @@ def run(args: argparse.Namespace) -> None:
         return
 
     protocol, rank = PROTOCOLS[args.protocol], ROLES.index(args.role)
-    network = SecretInterpreter(protocol.rewrite(graph), protocol, keep=args.drift is not None)
+    with without_compiler():  # the client's weights are on the meta device
+        graph = protocol.rewrite(graph)
+    network = SecretInterpreter(graph, protocol, keep=args.drift is not None)
     size = args.batch or shape[0]
     found = {"logits": [], "operations": [], "threads": torch.get_num_threads()}
     with torch.no_grad(), crypten.no_grad():
@@ -328,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run one party; whatever stops it ends in one line on standard error and a non-zero status."""
     args = _parse(argv)
     who = f"party {ROLES.index(args.role)} ({args.role})"
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"{args.role}:{args.port}")  # what Linux lists it as
     if args.leash:
         threading.Thread(target=_leash, daemon=True).start()
     threading.Thread(target=_give_up, args=(who, args.timeout), daemon=True).start()
