@@ -122,6 +122,7 @@ class ViTConfig(TransformerConfig):
 PRESETS = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
+    "cct_4_3x1": dict(image=8, channels=1, layers=4, width=32, heads=2, memory=16),
     # For a laptop: 28x28 Fashion-MNIST, 49 tokens.
     "cct_4_3x2": dict(image=28, channels=1, convolutions=2, layers=4, width=64, heads=4, memory=16),
     # The paper's three networks (Section 4, "Experimental setup").

@@ -77,11 +77,10 @@ PROFILES = {
     for profile in (
         Profile(
             "smoke",
-            networks=("cct_4_3x2",),
+            networks=("cct_4_3x1",),
             queries=1,
             data=("digits",),
-            trained="cct_2_3x1",
-            changes=dict(layers=4),
+            trained="cct_4_3x1",
             images=256,
             recipe=Recipe(epochs=2, batch=64, lr=2e-3, augment="none"),
             search_epochs=1,

@@ -292,9 +292,7 @@ def reference(image, name, strength, side=32):
         magnitude = round(magnitude, 6)  # their float32 0.6000000238 turns a product just below an integer
     if signed and strength < 0:
         magnitude = -magnitude
-    return REFERENCE._apply_image_or_video_transform(
-        image, theirs, magnitude, REFERENCE.interpolation, REFERENCE._fill
-    )
+    return REFERENCE._apply_image_or_video_transform(image, theirs, magnitude, REFERENCE.interpolation, REFERENCE._fill)
 
 
 def test_the_policy_is_the_published_one():

@@ -1,6 +1,5 @@
 """Encrypted accuracy: refused, stopped and resumed, recorded; drift and precision on networks trained for a moment."""
 
-
 import pytest
 import torch
 from torch import nn

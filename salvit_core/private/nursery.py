@@ -66,7 +66,7 @@ class _Nursery:
     def __init__(self):
         ours, theirs = socket.socketpair()
         self.owner, self.socket = os.getpid(), ours
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the nursery lives
         command = [sys.executable, "-m", __name__, str(theirs.fileno())]
         with theirs:
             self.process = subprocess.Popen(

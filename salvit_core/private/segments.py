@@ -237,6 +237,15 @@ def _curves(octaves: tuple[int, int], exponent: float, factor: float, bits: int,
     return Polynomials([0.0] * (len(pieces) - 1), pieces, bits, extra)
 
 
+def _window(x: Share, octaves: tuple[int, int]) -> tuple[Share, int, int]:
+    """What is compared to tell x's octaves apart: x with bits enough, the lowest bit that counts, how many digits."""
+    low, high = octaves
+    if x.bits + low < 4:
+        x = x.to(4 - low)
+    lowest = x.bits + low - 4
+    return x, lowest, -(-(high + x.bits + 2 - lowest) // DIGIT)
+
+
 def power(
     x: Share, exponent: float, octaves: tuple[int, int], factor: float = 1.0, extra: int = 0, nonzero: bool = True
 ) -> Share:
@@ -255,10 +264,7 @@ def power(
         nonzero: whether a value below 2^low is out of range; zeros may be meant.
     """
     low, high = octaves
-    if x.bits + low < 4:
-        x = x.to(4 - low)
-    lowest = x.bits + low - 4
-    digits = -(-(high + x.bits + 2 - lowest) // DIGIT)
+    x, lowest, digits = _window(x, octaves)
     count = x.data.numel()
     _check(x.data, round(2.0 ** (low + x.bits)) if nonzero else 0, round(2.0 ** (high + x.bits)))
     scaling = _scaling(octaves, x.bits)
@@ -307,10 +313,7 @@ def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
         bits: fractional bits of 1 / v; those of the result are high - 1 more.
     """
     low, high = octaves
-    if x.bits + low < 4:
-        x = x.to(4 - low)
-    lowest = x.bits + low - 4
-    digits = -(-(high + x.bits + 2 - lowest) // DIGIT)
+    x, lowest, digits = _window(x, octaves)
     count = x.data.numel()
     _check(x.data, 0, round(2.0 ** (high + x.bits)))
     scaling, shift = _octaves(octaves, x.bits)
