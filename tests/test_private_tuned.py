@@ -26,7 +26,7 @@ from salvit_core.attention.operations import MatMul
 from salvit_core.cct import SequencePool
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
-from salvit_core.private import dealing, segments, shares, tuned
+from salvit_core.private import dealing, inverses, segments, shares, tuned
 from salvit_core.private.interpreter import CLIENT, SERVER, DomainInterpreter, unsupported
 from salvit_core.private.shares import Share, Weight
 
@@ -293,7 +293,7 @@ def together(function, *values, bits=13, check=False):
         return function(*(Share(value - mask if rank else mask, bits) for (value, bits), mask in parts))
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
-        for module in (shares, segments, tuned):
+        for module in (shares, segments, inverses, tuned):
             patch.setattr(module, "session", here)
         results = [thread.result() for thread in [threads.submit(play, rank) for rank in (SERVER, CLIENT)]]
     return results, parties

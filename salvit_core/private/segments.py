@@ -213,7 +213,25 @@ def maximum(x: Share, y: Share, resolution: int, digits: int = WINDOW_DIGITS) ->
     return y + positive_part(x - y, resolution, digits)
 
 
+def largest(x: Share, dim: int, resolution: int, digits: int = WINDOW_DIGITS) -> Share:
+    """The largest entry along a dimension, which stays: a tournament of comparisons, without an argmax.
+
+    3 ceil(log2 K) rounds for K entries; n words.
+    """
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        parts = x.data.split([half, half, size - 2 * half], dim)
+        most = maximum(Share(parts[0], x.bits), Share(parts[1], x.bits), resolution, digits)
+        x = Share(torch.cat([most.data, parts[2]], dim), x.bits) if size % 2 else most
+    return x
+
+
 # Powers of positive numbers
+
+
+def log2_above(count: int) -> int:
+    """The exponent of the least power of two that is no smaller than a count."""
+    return (count - 1).bit_length()
 
 
 @functools.cache

@@ -39,7 +39,6 @@ from torch import fx, nn
 
 from ..activations import LearnedQuad, Quad
 from ..attention.operations import (
-    EPS,
     Divide,
     Exponential,
     Gain,
@@ -59,7 +58,8 @@ from ..cct import StochasticDepth
 from ..compat import without_compiler
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from .dealing import CLIENT, SERVER, Dealing, new_key, product
-from .segments import Polynomials, fitted, maximum, piecewise, positive_part, power, reciprocal
+from .inverses import RIDGED_SUM, newton_inverse, pseudo_inverse
+from .segments import Polynomials, fitted, largest, log2_above, maximum, piecewise, positive_part, power, reciprocal
 from .shares import BITS, Share, Weight, by_weight, keep_memory, multiply, scaled, session, truncate
 from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of the table
 
@@ -68,9 +68,6 @@ VARIANCE = (-12, 8)
 ROW_SUM = (-7, 11)
 L1_SUM = (-10, 6)
 QUOTIENT = (-12, 6)  # of a denominator over its public scale
-RIDGED_SUM = -4  # the least row sum of a matrix that NewtonInverse inverts
-
-FINE = 24  # fractional bits of a matrix's inverse while it is found
 
 
 def linear(module: nn.Linear, secret: dict, x: Share) -> Share:
@@ -226,28 +223,11 @@ def _normalised(weights: Share, dim: int, octaves: tuple[int, int], extra: int =
     return Share(weights.data, weights.bits, power(total, -1.0, octaves, extra=extra, nonzero=nonzero))
 
 
-def _log2(count: int) -> int:
-    return max(0, math.ceil(math.log2(count)))
-
-
 @functools.cache
 def _exp(bits: int) -> Polynomials:
     knots = [-21.33, -9.93, -6.21, -3.9, -1.91]
     extra = min(20, 61 - 4 * bits)
     return Polynomials(knots, [(0.0, [0.0] * 5), *fitted(np.exp, [*knots, 0.05], 4, extra)], bits, extra)
-
-
-def _largest(x: Share, dim: int, resolution: int, digits: int = 4) -> Share:
-    """The largest entry along a dimension, which stays: a tournament of comparisons, without an argmax.
-
-    3 ceil(log2 K) rounds for K entries; n words.
-    """
-    while (size := x.shape[dim]) > 1:
-        half = size // 2
-        parts = x.data.split([half, half, size - 2 * half], dim)
-        most = maximum(Share(parts[0], x.bits), Share(parts[1], x.bits), resolution, digits)
-        x = Share(torch.cat([most.data, parts[2]], dim), x.bits) if size % 2 else most
-    return x
 
 
 def _exponentials(x: Share) -> Share:
@@ -266,23 +246,23 @@ def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """
     scores = scores.settle().to(session.bits)
     dim = module.dim % len(scores.shape)
-    exponentials = _exponentials(scores - _largest(scores, dim, 8))
+    exponentials = _exponentials(scores - largest(scores, dim, 8))
     count = scores.shape[dim]
     # The sum lies between 1 and K: its reciprocal needs the more bits, the smaller it can become.
-    return _normalised(exponentials, dim, (-1, _log2(count) + 1), extra=_log2(count) // 2)
+    return _normalised(exponentials, dim, (-1, log2_above(count) + 1), extra=log2_above(count) // 2)
 
 
 def two_quad(module: TwoQuad, secret: dict, scores: Share) -> Share:
     """(a + c)^2 over its sum; squares are scaled by 1 / (32 K), so that sums stay near one. n words and one per row."""
     y = _square(scores.settle().to(session.bits - 2) + module.c)
-    down = 5 + _log2(scores.shape[module.dim])
+    down = 5 + log2_above(scores.shape[module.dim])
     return _normalised(Share(y.data, y.bits + down).to(session.bits + 7), module.dim, ROW_SUM)
 
 
 def two_relu(module: TwoReLU, secret: dict, scores: Share) -> Share:
     """relu(a) over its sum; a row without a positive score gives zeros. Sums are scaled by about 1 / sqrt K."""
     positive = positive_part(scores.settle().to(session.bits), 9)
-    down = _log2(scores.shape[module.dim]) // 2
+    down = log2_above(scores.shape[module.dim]) // 2
     return _normalised(
         Share(positive.data, positive.bits + down).to(session.bits + 7), module.dim, ROW_SUM, nonzero=False
     )
@@ -296,7 +276,7 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself.
     """
     x = scores.settle().to(session.bits - 4)
-    down = _log2(scores.shape[module.dim])
+    down = log2_above(scores.shape[module.dim])
     pair = [secret.get(name) for name in "dc"]
     shape = torch.broadcast_shapes(*(value.shape for value in pair if value is not None), ())
     name = next((value.name for value in pair if value is not None), "").rpartition(".")[0] or "fixed"
@@ -394,7 +374,7 @@ def exponential(module: Exponential, secret: dict, x: Share) -> Share:
     """
     x = x.settle().to(session.bits)
     if module.dims:
-        best = _largest(Share(x.data.flatten(-module.dims), x.bits), -1, 12, 5)
+        best = largest(Share(x.data.flatten(-module.dims), x.bits), -1, 12, 5)
         x = x - best[(..., *[None] * (module.dims - 1))]
     return _exponentials(x)
 
@@ -438,7 +418,7 @@ def segment_means(module: SegmentMeans, secret: dict, x: Share) -> Share:
     sizes = segment.bincount()[:, None]
     sums = x.data.new_zeros(*x.shape[:-2], module.segments, x.shape[-1])
     sums.index_add_(-2, segment.to(x.data.device), x.data)
-    bits = session.bits + _log2(int(sizes.max()))
+    bits = session.bits + log2_above(int(sizes.max()))
     factors = (2.0**bits / sizes).round().long().to(x.data.device)
     return Share(sums * factors, x.bits + bits).to(session.bits)
 
@@ -448,96 +428,6 @@ def reweight(module: Reweight, secret: dict, x: Share) -> Share:
     x = x.settle().to(session.bits)
     factors = (module.factors().T[:, :, None] * 2.0**session.bits).round().long().to(x.data.device)  # (N, F, 1)
     return Share((x.data.unsqueeze(-2) * factors).flatten(-2), x.bits + session.bits).to(session.bits)
-
-
-class _Powers:
-    """Products of square matrices, each opened masked once for all that it is in.
-
-    The mask of a matrix stays with it, as that of a weight does: what is opened is that one masked value.
-
-    Args:
-        shape: of every matrix, (..., m, m).
-        count: how many there will be.
-        pairs: the products that will be asked for, matrices counted from zero in the order of `open`.
-    """
-
-    def __init__(self, shape: tuple, count: int, pairs: list[tuple[int, int]]):
-        self.masks, self.products = session.correlation("products", tuple(shape), count, tuple(pairs))
-        self.shares, self.opened = [], []
-
-    def open(self, x: Share) -> int:
-        """Take in a matrix; its number. One round; its words."""
-        self.shares.append(x)
-        self.opened += session.reveal(x.data - self.masks[len(self.opened)])
-        return len(self.opened) - 1
-
-    def product(self, i: int, j: int, less: int = 0, halvings: int = 0) -> Share:
-        """X_i X_j, or X_i (less I - X_j) / 2^halvings, to FINE bits, below 2^(62 - 2 FINE). Two rounds; n / 2 words."""
-        e, f, mask = self.opened[i], self.opened[j], self.masks[j]
-        y = product(e, f + mask if session.serving else mask) + product(self.masks[i], f) + self.products[i, j]
-        if less:
-            y = (self.shares[i].data * less << FINE) - y
-        return truncate(Share(y, 2 * FINE + halvings), FINE)
-
-
-def _largest_sum(a: Share, dim: int) -> Share:
-    """The largest sum along a dimension, (..., 1), to 2^-16."""
-    sums = Share(a.data.sum(dim), a.bits).to(16)
-    return _largest(sums, -1, 16, -(-(18 + _log2(a.shape[-1])) // 4))
-
-
-def newton_inverse(module: NewtonInverse, secret: dict, a: Share) -> Share:
-    """(A + ridge I)^-1 by Newton's iteration, as the module defines it, for row sums from 2^-4 to 2 m.
-
-    Of an error d of Z a step that has converged leaves d A d, so that only the last step's rounding remains, about
-    sqrt(m) |Z| 2^-24, and the ridge's, |Z|^2 2^-25. The starting value is right to 1e-2, which the iteration forgets.
-
-    6 rounds per iteration, 3 ceil(log2 m) + 6 before; with n = m^2 entries (1 + 3 iterations) n words.
-    """
-    steps, size = module.iterations, a.shape[-1]
-    one = torch.eye(size, dtype=torch.int64, device=a.data.device)
-    a = a.settle().to(FINE).plus(one * round(module.ridge * 2.0**FINE))
-    start = power(_largest_sum(a, -1), -1.0, (RIDGED_SUM, _log2(size) + 1), factor=1.5).to(FINE)
-    z = Share(start.data[..., None] * one, FINE)
-    # Matrices: A, then Z and A Z of each step.
-    places = [(2 * i + 1, 2 * i + 2) for i in range(steps)]
-    powers = _Powers(a.shape, 1 + 2 * steps, [pair for now, az in places for pair in ((0, now), (now, az))])
-    powers.open(a)
-    for now, az in places:
-        powers.open(z)
-        powers.open(powers.product(0, now))
-        z = powers.product(now, az, less=2)
-    return z
-
-
-def pseudo_inverse(module: PseudoInverse, secret: dict, a: Share) -> Share:
-    """Nystromformer's iteration, as the module defines it, for column sums that are at most 2 m.
-
-    A step takes four products: A Z, then A Z (7 - A Z), A Z (15 - ...) and Z (13 - ...) / 4. Where A is nearly singular
-    the result has not converged and depends on the starting value, whose reciprocal therefore takes one Newton step,
-    and each step enlarges a rounding error by 13/4: at the end it is about sqrt(m) 2^-24 (13/4)^iterations.
-
-    12 rounds per iteration, 3 ceil(log2 m) + 15 before; with n = m^2 entries (3 + 6 iterations) n words.
-    """
-    steps, size = module.iterations, a.shape[-1]
-    a = a.settle().to(FINE)
-    most = _largest_sum(a, -2) + EPS
-    inverse = power(most, -1.0, (-1, _log2(size) + 1), extra=4).to(FINE)
-    off = truncate(multiply(most, inverse), FINE)
-    inverse = truncate(multiply(inverse, 2 - off), FINE)
-    z = truncate(multiply(Share(a.data.mT, FINE), inverse[..., None]), FINE)
-    # Matrices: A, then Z, A Z and the two brackets of each step.
-    places = [range(4 * i + 1, 4 * i + 5) for i in range(steps)]
-    pairs = [pair for now, az, b, c in places for pair in ((0, now), (az, az), (az, b), (now, c))]
-    powers = _Powers(a.shape, 1 + 4 * steps, pairs)
-    powers.open(a)
-    for now, az, b, c in places:
-        powers.open(z)
-        powers.open(powers.product(0, now))
-        powers.open(powers.product(az, az, less=7))
-        powers.open(powers.product(az, b, less=15))
-        z = powers.product(now, c, less=13, halvings=2)
-    return z
 
 
 MODULES = {
@@ -764,17 +654,17 @@ def _spread(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _l2q_domain(module: L2Q, a: torch.Tensor) -> str | None:
     d, c = torch.as_tensor(module.d), torch.as_tensor(module.c)
-    scale = (d.square().mean() + c.square().mean()) * 2 ** _log2(a.shape[module.dim])
+    scale = (d.square().mean() + c.square().mean()) * 2 ** log2_above(a.shape[module.dim])
     return _sums("scaled sums of squares", (d * a + c).square().sum(module.dim) / scale, ROW_SUM)
 
 
 def _two_quad_domain(module: TwoQuad, a: torch.Tensor) -> str | None:
-    scale = 2 ** (5 + _log2(a.shape[module.dim]))
+    scale = 2 ** (5 + log2_above(a.shape[module.dim]))
     return _sums("scaled sums of squares", (a + module.c).square().sum(module.dim) / scale, ROW_SUM)
 
 
 def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> str | None:
-    sums = a.relu().sum(module.dim) / 2 ** (_log2(a.shape[module.dim]) // 2)
+    sums = a.relu().sum(module.dim) / 2 ** (log2_above(a.shape[module.dim]) // 2)
     return outside("scores", a, (-64, 64)) or _sums("scaled sums", sums, ROW_SUM, zeros=True)
 
 
@@ -796,6 +686,10 @@ def _exponential_domain(module: Exponential, a: torch.Tensor) -> str | None:
     return outside("spreads", _spread(a.flatten(-module.dims), -1), (0, 118))
 
 
+def _matrix(what: str, sums: torch.Tensor, low: int) -> str | None:
+    return _sums(what, sums.amax(-1), (low, log2_above(sums.shape[-1]) + 1))
+
+
 DOMAINS = {
     nn.ReLU: lambda m, x: outside("inputs", x, (-64, 64)),
     nn.MaxPool2d: lambda m, x: outside("inputs", x, (-32, 32)),
@@ -808,6 +702,6 @@ DOMAINS = {
     L1: lambda m, x: _sums("sums", x.sum(m.dim), L1_SUM),
     Divide: _divide_domain,
     Exponential: _exponential_domain,
-    NewtonInverse: lambda m, a: _sums("row sums", a.sum(-1).amax(-1) + m.ridge, (RIDGED_SUM, _log2(a.shape[-1]) + 1)),
-    PseudoInverse: lambda m, a: _sums("column sums", a.sum(-2).amax(-1), (-1, _log2(a.shape[-1]) + 1)),
+    NewtonInverse: lambda m, a: _matrix("row sums", a.sum(-1) + m.ridge, RIDGED_SUM),
+    PseudoInverse: lambda m, a: _matrix("column sums", a.sum(-2), -1),
 }
