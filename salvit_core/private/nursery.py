@@ -77,6 +77,7 @@ class _Nursery:
     def end(self) -> None:
         if self.owner == os.getpid():
             self.socket.close()
+            self.process.kill()  # what this process forked may hold the socket, too
             self.process.wait()
             self.log.close()
 
@@ -99,18 +100,19 @@ def bear(words: list[str], folder: Path, threads: int, listening: Sequence[int] 
     asked.write_text(json.dumps({"words": words, "threads": threads, "environment": dict(os.environ)}))
     held, leash = os.pipe()
     status, told = os.pipe()
-    with _lock, open(folder / f"{words[0]}.log", "wb") as log:
-        try:
+    born = Born(status, leash)
+    try:
+        with _lock, open(held), open(told, "w") as telling, open(folder / f"{words[0]}.log", "wb") as log:
             if _here is None or _here.owner != os.getpid() or _here.process.poll() is not None:
                 _here = _Nursery()
             socket.send_fds(_here.socket, [str(asked).encode()], [held, told, log.fileno(), *listening])
-        finally:
-            os.close(held)
-            os.close(told)
-        born = Born(status, leash)
-        if not born._listen(1):  # one request at a time
-            _here.log.seek(0)
-            log.write(_here.log.read() or b"the process that forks the parties ended")
+            telling.close()  # only who watches the party can tell of it now
+            if not born._listen(1):  # one request at a time
+                _here.log.seek(0)
+                log.write(_here.log.read() or b"the process that forks the parties ended")
+    except BaseException:
+        born.close()
+        raise
     return born
 
 
