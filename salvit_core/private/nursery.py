@@ -105,7 +105,8 @@ def bear(words: list[str], folder: Path, threads: int, listening: Sequence[int] 
         with _lock, open(held), open(told, "w") as telling, open(folder / f"{words[0]}.log", "wb") as log:
             if _here is None or _here.owner != os.getpid() or _here.process.poll() is not None:
                 _here = _Nursery()
-            socket.send_fds(_here.socket, [str(asked).encode()], [held, told, log.fileno(), *listening])
+            with contextlib.suppress(BrokenPipeError):  # it has ended: then nobody answers
+                socket.send_fds(_here.socket, [str(asked).encode()], [held, told, log.fileno(), *listening])
             telling.close()  # only who watches the party can tell of it now
             if not born._listen(1):  # one request at a time
                 _here.log.seek(0)
