@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from salvit_core import records
+from salvit_core import MECHANISMS, METHODS, preset, records
+from salvit_core.cct import config_of
 from salvit_core.private import latency
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def rows(heading):
 
 def test_latencies_are_those_on_record():
     found = [record for record in records.load("latency", "reference") if latency.name_of(record)]
-    found = [record for record in found if record["config"]["provider"] == "TFP"]
+    found = [r for r in found if r["config"]["provider"] == "TFP" and latency.name_of(r)[1] in METHODS]
     operations = latency.operations(found).query("network == 'cct_7_3x1'")
     table = latency.totals(operations)
     errors = {(r["config"]["protocol"], latency.name_of(r)): r["metrics"]["logit_error"] for r in found}
@@ -47,6 +48,19 @@ def test_latencies_are_those_on_record():
         assert theirs == (f"{paper[name] / paper['SA softmax']:.2f}" if name in paper else "-"), name
         logits = [errors[protocol, ("cct_7_3x1", name)] for protocol in ("stock", "tuned")]
         assert [wrong, right] == [f"{error:.2g}" for error in logits], name
+
+
+def test_whole_networks_of_table_2_are_those_on_record():
+    found = {
+        (r["config"]["network"]["attention"][0], r["config"]["protocol"]): f"{r['metrics']['seconds']:.1f}"
+        for r in records.load("latency", "reference")
+        if r["config"]["query"] == 0
+        and config_of({**r["config"]["network"], "memory": 64}) in [preset("cct_7_3x1", name) for name in MECHANISMS]
+    }
+    shown = {label: told[-3:-1] for label, *told in rows("one attention layer") if label in MECHANISMS}
+    assert len(shown) == 8
+    for label, told in shown.items():
+        assert told == [found[MECHANISMS[label]["attention"], protocol] for protocol in ("stock", "tuned")], label
 
 
 def test_accuracies_are_those_on_record():
