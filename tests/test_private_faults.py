@@ -1,5 +1,6 @@
 """What goes wrong while parties run: each fault is one error that says so, no process stays and nothing is recorded."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -55,8 +56,9 @@ class Watch(threading.Thread):
             for role, process in found.items():
                 self.spent[role] = max(self.spent.get(role, 0.0), spent(process) or 0.0)
             if self.victim in found and self.spent[self.victim] >= self.after:
-                self.killed = time.monotonic()
-                found[self.victim].kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it came too late
+                    found[self.victim].kill()
+                    self.killed = time.monotonic()
             time.sleep(0.02)
 
 

@@ -1,5 +1,7 @@
 """What mechanisms with one projection for queries, keys and values share; each says only how it attends."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,16 +11,13 @@ from .operations import unit_values
 class MergedAttention(nn.Module):
     """W_o attend(Q, K, V), heads merged, Q, K and V from one projection of the tokens.
 
-    A subclass makes `qkv`, `projection`, `heads` (H) and `head` (D) in its own order, and defines `attend`, which is
-    linear in the values.
+    A subclass makes `qkv`, `projection`, `heads` (H) and `head` (D) in its own order, and defines `attend`: queries and
+    keys (B, H, N, D), values (B, H, N, C) -> (B, H, N, C), linear in the values.
     """
 
     heads: int
     head: int
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Queries and keys (B, H, N, D), values (B, H, N, C) -> (B, H, N, C)."""
-        raise NotImplementedError
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""

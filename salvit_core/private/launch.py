@@ -128,7 +128,7 @@ def infer(
 
     Raises:
         ValueError: an input or a model that cannot be run, before any process starts.
-        PrivateInferenceError: a party failed or time ran out; no process is left behind.
+        PrivateInferenceError: a party failed or time ran out; no party is left behind.
     """
     if provider not in PROVIDERS:
         raise ValueError(f"provider {provider!r} is unknown: choose from {', '.join(PROVIDERS)}")

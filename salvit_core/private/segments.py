@@ -180,17 +180,18 @@ _RELU = Polynomials([0.0], [(0.0, [0.0, 0.0]), (0.0, [0.0, 1.0])], 0, 0)
 def _check(x: torch.Tensor, low: int, high: int) -> None:
     """In checked mode: note this node if some entry of x, in raw units, is outside [low, high).
 
-    Opens one number, a random multiple of how many entries are outside: zero or not. Entries may be beyond the range by
-    a factor of about 2^8; what is farther off may pass unseen, and what is within one step of a bound, 2^-22 of the
-    larger of the two.
+    Opens one number, a random multiple of how many entries are outside: zero or not. Two windows of 32 bits look: the
+    wide one sees entries beyond the range by a factor of about 2^10, what is farther off may pass unseen; the narrow
+    one sees what is beyond a bound by 2^-22 of the larger of the two.
     """
     if not session.check:
         return
     flat = x.reshape(-1)
-    step = max(0, max(abs(low), abs(high)).bit_length() - 23)
     pieces = Polynomials([float(low), float(high)], [(0.0, [1.0]), (0.0, [0.0]), (0.0, [1.0])], 0, 0)
-    supply = session.correlation("comparison", flat.numel(), 2, 0, 8, step)
-    beyond = _evaluate(pieces, *_segments(flat, pieces.knots, step, 8, supply)).sum().reshape(1)
+    beyond = 0
+    for step in {max(0, max(abs(low), abs(high)).bit_length() - bits): None for bits in (21, 23)}:
+        supply = session.correlation("comparison", flat.numel(), 2, 0, 8, step)
+        beyond = beyond + _evaluate(pieces, *_segments(flat, pieces.knots, step, 8, supply)).sum().reshape(1)
     times = session.correlation("multiply", (1,), (1,), (1,))
     random = Share(times[0] if session.recording else session.dealing.uniform(), 0)
     a, b, share = times
