@@ -482,10 +482,14 @@ def _save(path: Path, identity, model, optimizer, generator, history, best) -> N
 def _write(path: Path, write: Callable) -> None:
     """Write a file whole or not at all: a reader, or a kill at any moment, finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it, the next write replaces
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
+    # Two searches that select the same layers fine-tune the same network, perhaps at the same time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _resume(path: Path, identity, model, optimizer, generator) -> tuple[list[dict], dict | None]:
