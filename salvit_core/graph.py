@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from .activations import LearnedQuad, Quad
+from .attention.fused import Dropout
 from .attention.operations import OPERATIONS
 from .cct import StochasticDepth
 from .normalizers import Normalizer
@@ -72,7 +73,7 @@ TRACING = threading.RLock()
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        whole = (Normalizer, *OPERATIONS, StochasticDepth, Quad, LearnedQuad)
+        whole = (Normalizer, *OPERATIONS, Dropout, StochasticDepth, Quad, LearnedQuad)
         return isinstance(module, whole) or super().is_leaf_module(module, name)
 
 

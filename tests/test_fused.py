@@ -136,13 +136,39 @@ def test_every_place_of_a_mask_is_dropped_with_the_same_probability(dtype, p):
     torch.manual_seed(0)
     mask = fused.mask((100_000, 4), p, dtype)
     assert set(mask.unique().tolist()) == {0, -1}
-    shares = (mask == 0).double().mean(0)  # four draws share 64 bits in bfloat16: also those with the sign
+    shares = (mask == 0).double().mean(0)  # four draws share 64 bits: also those with the sign
     assert (shares - p).abs().max() < 5 * (p * (1 - p) / 100_000) ** 0.5
 
 
 def test_masks_of_any_size_and_a_probability_near_one():
     assert fused.mask((3, 5, 7), 0.1, torch.bfloat16).shape == (3, 5, 7)
     assert fused.mask((64, 64), 0.999999, torch.bfloat16).float().mean() > -0.01
+
+
+@pytest.mark.parametrize("dtype", fused._INTEGER)
+def test_dropout_drops_and_scales_as_torchs_does(dtype):
+    drop, x = fused.Dropout(0.25), torch.rand(50, 40, dtype=dtype).add(1).mT.requires_grad_()
+    y = drop(x)
+    kept = y != 0
+    assert 0.65 < kept.double().mean() < 0.85
+    torch.testing.assert_close(y, kept * x / 0.75, rtol=0.01, atol=0)
+    (grad,) = torch.autograd.grad(y, x, 3 * torch.ones_like(y))
+    torch.testing.assert_close(grad, kept.to(dtype) * 4, rtol=0.01, atol=0)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_dropout_follows_the_global_seed_and_the_switch(monkeypatch):
+    drop, x = fused.Dropout(0.5), torch.ones(100)
+
+    def drawn(module, seed=0):
+        torch.manual_seed(seed)
+        return module(x)
+
+    assert torch.equal(drawn(drop), drawn(drop)) and not torch.equal(drawn(drop), drawn(drop, seed=1))
+    assert not torch.equal(drawn(drop), drawn(nn.Dropout(0.5)))
+    assert (drawn(fused.Dropout(1.0)) == 0).all() and torch.equal(drawn(fused.Dropout(0.0)), x)
+    monkeypatch.setattr(fused, "ENABLED", False)
+    assert torch.equal(drawn(drop), drawn(nn.Dropout(0.5)))
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -26,7 +26,7 @@ from salvit_core.attention.operations import MatMul
 from salvit_core.cct import SequencePool
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
-from salvit_core.private import dealing, inverses, segments, shares, tuned
+from salvit_core.private import dealing, inverses, ring, segments, shares, tuned
 from salvit_core.private.interpreter import CLIENT, SERVER, DomainInterpreter, unsupported
 from salvit_core.private.shares import Share, Weight
 
@@ -126,7 +126,7 @@ def test_product_is_that_of_the_ring(batch, n, k, m, bits, limb, seed):
         left = left * 0 + segments._signed(sum(-(2 ** (limb - 1)) << i for i in range(0, 64, limb)))
         right = left.flatten()[0] if bits == 64 else torch.tensor(-(2 ** (bits - 1)))
         right = right.expand(*[2] * batch, k, m)
-    assert torch.equal(dealing.product(left, right, bits), left @ right)
+    assert torch.equal(ring.product(left, right, bits), left @ right)
 
 
 @arithmetic
@@ -137,7 +137,7 @@ def test_product_is_that_of_the_ring(batch, n, k, m, bits, limb, seed):
 def test_convolution_is_a_product_of_windows(side, more, kernel, stride, padding, seed):
     assume(side + 2 * padding[0] >= kernel[0] and side + more + 2 * padding[1] >= kernel[1])
     images, weight = whole((2, 3, side, side + more), -99, 99, seed), whole((4, 3, *kernel), -99, 99, seed + 1)
-    found = dealing.apply(("conv", kernel, stride, padding), images, weight, 8)
+    found = ring.apply(("conv", kernel, stride, padding), images, weight, 8)
     exact = nn.functional.conv2d(images.double(), weight.double(), stride=stride, padding=padding)
     assert torch.equal(found, exact.flatten(2).transpose(1, 2).long())
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import fused
 from .merged import MergedAttention
 from .operations import Gain, MatMul, Take
 
@@ -92,7 +93,7 @@ class DilatedAttention(MergedAttention):
         self.normalizer = nn.ModuleList(
             normalizer(dim=-1, heads=heads, shape=(heads, len(members), side * side)) for members, _ in tables
         )
-        self.dropout = nn.ModuleList(nn.Dropout(dropout) for _ in tables)
+        self.dropout = nn.ModuleList(fused.Dropout(dropout) for _ in tables)
         self.values = nn.ModuleList(MatMul() for _ in range(len(tables) + 1))
         self.scatter = nn.ModuleList(Take(places) for _, places in tables)
         initial = 1 / (len(tables) + 1)

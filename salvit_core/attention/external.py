@@ -42,7 +42,7 @@ class ExternalAttention(nn.Module):
         self.scores = nn.Linear(self.head, memory, bias=False)  # M_k
         self.normalizer = normalizer(dim=-2, heads=heads, shape=(1, tokens, memory))
         self.l1 = nn.Identity() if isinstance(self.normalizer, Scaling) else L1(dim=-1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = nn.Linear(memory, self.head, bias=False)  # M_v
         self.projection = nn.Linear(self.head, self.head)
 

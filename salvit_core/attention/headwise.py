@@ -34,7 +34,7 @@ class SelfHeads(nn.Module):
         self.qkv = nn.Linear(width, 3 * heads * head, bias=False)
         self.scores = MatMul()
         self.normalizer = normalizer(dim=-1, heads=heads, shape=(heads, tokens, tokens))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = MatMul()
         self.projection = nn.Linear(head, head)
 
@@ -78,7 +78,7 @@ class ExternalHeads(nn.Module):
         self.scores = nn.Linear(head, memory, bias=False)  # M_k
         self.normalizer = normalizer(dim=-2, heads=heads, shape=(1, tokens, memory))
         self.l1 = nn.Identity() if isinstance(self.normalizer, Scaling) else L1(dim=-1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = nn.Linear(memory, head, bias=False)  # M_v
         self.projection = nn.Linear(head, head)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import fused
 from .merged import MergedAttention
 from .operations import HeadLinear, MatMul
 
@@ -41,7 +42,7 @@ class Linformer(MergedAttention):
         self._make_reduction(tokens)
         self.scores = MatMul()
         self.normalizer = normalizer(dim=-1, heads=heads, shape=(heads, tokens, self.rows))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = MatMul()
         self.projection = nn.Linear(width, width)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import fused
 from .merged import MergedAttention
 from .operations import MatMul, PseudoInverse, SegmentMeans, TokenConv
 
@@ -47,7 +48,7 @@ class Nystromformer(MergedAttention):
         self.landmarks = SegmentMeans(tokens, count)
         self.scores = nn.ModuleList(MatMul() for _ in shapes)
         self.normalizer = nn.ModuleList(normalizer(dim=-1, heads=heads, shape=shape) for shape in shapes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.inverse = PseudoInverse(iterations)
         self.values = nn.ModuleList(MatMul() for _ in shapes)
         self.conv = TokenConv(heads, min(kernel, tokens - 1 + tokens % 2))

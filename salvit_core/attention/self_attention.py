@@ -28,7 +28,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.scores = MatMul()
         self.normalizer = normalizer(dim=-1, heads=heads, shape=(heads, tokens, tokens))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = MatMul()
         self.projection = nn.Linear(width, width)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import fused
 from .operations import MatMul
 from .self_attention import SelfAttention
 
@@ -31,7 +32,7 @@ class StandardAttention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.scores = MatMul()
         self.normalizer = normalizer(dim=-1, heads=heads, shape=(heads, tokens, tokens))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = fused.Dropout(dropout)
         self.values = MatMul()
         self.projection = nn.Linear(width, width)
 

@@ -6,7 +6,7 @@ A matrix that is in several products is opened masked once. Letters in costs as 
 import torch
 
 from ..attention.operations import EPS, NewtonInverse, PseudoInverse
-from .dealing import product
+from .ring import product
 from .segments import largest, log2_above, power
 from .shares import Share, multiply, session, truncate
 

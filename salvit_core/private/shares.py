@@ -18,7 +18,8 @@ import crypten.communicator as comm
 import torch
 import torch.distributed as dist
 
-from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Tape, apply, pack, prepared, unpack
+from .dealing import CLIENT, CORRELATIONS, SERVER, Dealing, Tape, pack, unpack
+from .ring import apply, prepared
 
 BITS = 13  # fractional bits of an activation and of a weight
 

@@ -19,6 +19,7 @@ from crypten.mpc import MPCTensor
 from torch import nn
 
 from ..activations import LearnedQuad, Quad
+from ..attention.fused import Dropout
 from ..attention.operations import (
     Divide,
     Exponential,
@@ -261,6 +262,7 @@ MODULES = {
     Scaling: scaling,
     L1: l1,
     nn.Dropout: identity,
+    Dropout: identity,
     nn.Identity: identity,
     StochasticDepth: identity,
 }

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from ..activations import LearnedQuad, Quad
+from ..attention.fused import Dropout
 from ..attention.operations import (
     Divide,
     Exponential,
@@ -57,8 +58,9 @@ from ..attention.operations import (
 from ..cct import StochasticDepth
 from ..compat import without_compiler
 from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
-from .dealing import CLIENT, SERVER, Dealing, new_key, product
+from .dealing import CLIENT, SERVER, Dealing, new_key
 from .inverses import RIDGED_SUM, newton_inverse, pseudo_inverse
+from .ring import product
 from .segments import Polynomials, fitted, largest, log2_above, maximum, piecewise, positive_part, power, reciprocal
 from .shares import BITS, Share, Weight, by_weight, keep_memory, multiply, scaled, session, truncate
 from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of the table
@@ -460,6 +462,7 @@ MODULES = {
     Scaling: scaling,
     L1: l1,
     nn.Dropout: identity,
+    Dropout: identity,
     nn.Identity: identity,
     StochasticDepth: identity,
 }
