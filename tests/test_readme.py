@@ -1,5 +1,6 @@
 """The README's numbers are those of the project's records, and what it links to is there."""
 
+import json
 import re
 import subprocess
 from collections import defaultdict
@@ -86,6 +87,18 @@ def test_the_benchmark_is_the_one_on_record():
         for network, protocol, seconds, *rest, error in lines
     ]
     assert rows("network | protocol") == expected and len(expected) == 4
+
+
+def test_the_training_benchmark_is_the_one_on_record():
+    path = ROOT / "data" / "reference" / "benchmarks" / "training.json"
+    found = {(row["row"], row["variant"]): row for row in json.loads(path.read_text())["rows"]}
+    shown = rows("step | recipe")
+    assert len(shown) == len(found) / 2
+    for step, *told in shown:
+        recipe, ours = found[step, "recipe"], found[step, "ours"]
+        expected = [f"{recipe['images_per_second']:.1f}", f"{ours['images_per_second']:.1f}", f"{ours['speedup']:.1f}"]
+        expected += [f"{ours['bound']:.0f}", f"{recipe['process_mib']:.0f} / {ours['process_mib']:.0f}"]
+        assert told == expected, step
 
 
 def test_accuracies_are_those_on_record():
