@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from salvit_core import MECHANISMS, METHODS, preset, records
+from salvit_core import MECHANISMS, METHODS, preset, profiles, records
 from salvit_core.cct import config_of
 from salvit_core.private import latency
 
@@ -99,6 +99,31 @@ def test_the_training_benchmark_is_the_one_on_record():
         expected = [f"{recipe['images_per_second']:.1f}", f"{ours['images_per_second']:.1f}", f"{ours['speedup']:.1f}"]
         expected += [f"{ours['bound']:.0f}", f"{recipe['process_mib']:.0f} / {ours['process_mib']:.0f}"]
         assert told == expected, step
+
+
+def test_efficient_attention_is_that_on_record():
+    size = profiles.profile("cpu")
+    network = {
+        size.config("cifar10", name): name for name in ("SA softmax", "SA L2Q", "EA softmax", "EA L2Q", *MECHANISMS)
+    }
+    trained = {
+        network[config_of(r["config"]["network"])]: r["metrics"]["test_accuracy"]
+        for r in records.load("training", "reference")
+        if r["config"]["images"] == 15_000
+    }
+    private = {
+        network[config]: (
+            f"{r['metrics']['seconds']:.2f}",
+            f"{r['metrics']['rounds']}",
+            f"{r['metrics']['bytes'] / 1e6:.1f}",
+        )
+        for r in records.load("latency", "reference")
+        if (config := config_of(r["config"]["network"])) in network
+        and (r["config"]["query"], r["config"]["protocol"], r["config"]["provider"]) == (0, "tuned", "TFP")
+    }
+    shown = {name: (accuracy, *cost) for name, accuracy, _, *cost in rows("attention | test accuracy")}
+    assert shown == {name: (f"{accuracy:.2f}", *private[name]) for name, accuracy in trained.items()}
+    assert len(shown) == 17
 
 
 def test_accuracies_are_those_on_record():
