@@ -451,7 +451,8 @@ def map_grid(images: list[np.ndarray], rows: dict[str, list[np.ndarray]], note: 
     with plt.rc_context(STYLE):
         lines = {"image": images, **rows}
         size = min(2.0, 6.0 / len(images))  # inches
-        shape = (1.1 + size * len(images), 0.5 + size * len(lines))
+        names = 0.4 + 0.08 * max(map(len, lines))  # inches
+        shape = (names + size * len(images), 0.5 + size * len(lines))
         figure, axes = plt.subplots(len(lines), len(images), figsize=shape, squeeze=False, layout="constrained")
         for line, (name, pictures) in zip(axes, lines.items(), strict=True):
             for axis, picture in zip(line, pictures, strict=True):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 import psutil
@@ -111,13 +112,21 @@ def listing(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=columns).sort_values(["study", "date"], ignore_index=True)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never half of one."""
+def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one, never half of one.
+
+    Args:
+        path: the file; other processes may write the same one meanwhile.
+        content: its text, or what writes it into an open file, such as torch.save does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -304,10 +304,8 @@ def _unfinished(run) -> Path:
 
 def _save_weights(study: str, run: TrainRun | SearchRun | ChoiceRun, model: nn.Module) -> None:
     path = _weights(study, records.key(study, run))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(path)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    records.write(path, lambda file: torch.save(weights, file))
 
 
 def _teacher(run: TrainRun | SearchRun) -> nn.Module | None:

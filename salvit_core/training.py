@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from . import data as datasets
+from . import records
 from .cct import CCT, PRESETS, ROWS, preset, redraw
 from .vit import build
 
@@ -476,20 +477,7 @@ def _save(path: Path, identity, model, optimizer, generator, history, best) -> N
         "history": history,
         "best": best,
     }
-    _write(path, lambda file: torch.save(content, file))
-
-
-def _write(path: Path, write: Callable) -> None:
-    """Write a file whole or not at all: a reader, or a kill at any moment, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two searches that select the same layers fine-tune the same network, perhaps at the same time.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records.write(path, lambda file: torch.save(content, file))
 
 
 def _resume(path: Path, identity, model, optimizer, generator) -> tuple[list[dict], dict | None]:
@@ -565,7 +553,7 @@ def _main(options: argparse.Namespace) -> None:
     result = train(build(config), data, recipe, checkpoint=out / "checkpoint.pt", label=name)
     if _process()[0] == 0:
         result = {"preset": options.preset, "method": options.method, "torch": torch.__version__, **result}
-        _write(out / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+        records.write(out / "result.json", json.dumps(result, indent=1))
         print(f"test accuracy {result['test_accuracy']:.2f} % after {recipe.epochs} epochs: {out / 'result.json'}")
 
 

@@ -1,6 +1,7 @@
 """Records: found instead of recomputed, whole or absent, honest about where they come from."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -108,6 +109,20 @@ def run(config):
 for size in range(40):
     records.ensure("study", Config(size), run)
 """
+
+
+def test_two_processes_may_write_one_file_at_a_time(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def interrupted(file):
+        file.write(b"ours")
+        other = multiprocessing.get_context("fork").Process(target=records.write, args=(path, "theirs"))
+        other.start()
+        other.join()
+        assert other.exitcode == 0 and path.read_bytes() == b"theirs"
+
+    records.write(path, interrupted)
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
 def test_killed_at_any_moment_it_goes_on(root):

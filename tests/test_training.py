@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -259,22 +258,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path):
     whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
     assert same(whole["model"], killed["model"])
     assert same(whole["best"], killed["best"])
-
-
-def test_two_processes_may_write_one_checkpoint_at_a_time(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-
-    def interrupted(file):
-        file.write(b"ours")
-        other = multiprocessing.get_context("fork").Process(
-            target=training._write, args=(path, lambda file: file.write(b"theirs"))
-        )
-        other.start()
-        other.join()
-        assert other.exitcode == 0 and path.read_bytes() == b"theirs"
-
-    training._write(path, interrupted)
-    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_finished_run_is_read_not_repeated(digits, tmp_path):

@@ -111,7 +111,7 @@ def mask(shape: tuple[int, ...], dropout: float, dtype: torch.dtype) -> torch.Te
 
 
 class Dropout(nn.Dropout):
-    """torch's, six times as fast while training on a CPU: p to 16 bits, `mask`'s draws."""
+    """torch's, about twice as fast while training on a CPU: p to 16 bits, `mask`'s draws."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape -> the same; gradients as torch's."""

@@ -188,10 +188,7 @@ def _joined(done: dict, logits: torch.Tensor, operations: list[dict]) -> dict:
 
 
 def _save(what: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(what, partial)
-    partial.replace(path)
+    records.write(path, lambda file: torch.save(what, file))
 
 
 def ensure(run: EvaluationRun, source: str = "local") -> dict:
