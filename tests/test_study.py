@@ -54,7 +54,7 @@ def test_failures_are_told_and_the_others_run(folder, capsys):
     notebook(folder, "02_dies", "import os, signal", "os.kill(os.getpid(), signal.SIGKILL)", "print('never')")
     notebook(folder, "03_hangs", "import time; time.sleep(60)")
     notebook(folder, "04_well", "assert (profile, seed) == ('smoke', 5)")
-    arguments = ["--notebooks", str(folder), "--profile", "smoke", "--set", "seed=5", "--timeout", "4"]
+    arguments = ["--notebooks", str(folder), "--profile", "smoke", "--set", "seed=5", "--timeout", "10"]
     assert study.main(arguments) == 4
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:2].isdigit()}
     assert "cell 3: ZeroDivisionError: division by zero" in lines["00_fails"]
