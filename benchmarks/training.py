@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from salvit_core import CCT, compat, data, preset, records, sas
 from salvit_core.attention import fused
-from salvit_core.training import Recipe, fit, train
+from salvit_core.training import Recipe, fit, multiplies_bf16, train
 
 ROWS = ("search phase", "fine-tuning, B = 3", "plain self-attention")
 VARIANTS = ("recipe", "ours")
@@ -268,7 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
     cuda = options.device == "cuda"
     size = 256 if options.quick else 8192 if cuda else 2048
     rates = {dtype: matmul_rate(options.device, getattr(torch, dtype), size) for dtype in ("float32", "bfloat16")}
-    bf16 = rates["bfloat16"] > 1.2 * rates["float32"]
+    fast = multiplies_bf16(torch.device(options.device))
+    bf16 = fast and rates["bfloat16"] > 1.2 * rates["float32"]
     if options.quick:
         run = Run(options.device, "cct_2_3x1", 4, 1, 1, bf16, options.compile)
     else:

@@ -61,7 +61,8 @@ def test_tiny_training_learns(digits, method):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_bf16_and_the_other_options_learn(digits):
+def test_bf16_and_the_other_options_learn(digits, monkeypatch):
+    monkeypatch.setattr(training, "multiplies_bf16", lambda device: True)
     recipe = dataclasses.replace(
         RECIPE,
         bf16=True,
@@ -72,7 +73,18 @@ def test_bf16_and_the_other_options_learn(digits):
         decay_all=True,
         augment="crop",
     )
-    assert train(network("SA L2Q"), digits, recipe)["test_accuracy"] > 40
+    result = train(network("SA L2Q"), digits, recipe)
+    assert result["test_accuracy"] > 40 and result["bf16"]
+
+
+def test_a_processor_that_would_imitate_bf16_trains_in_float32(digits, monkeypatch):
+    histories = []
+    for bf16, has in ((False, {}), (True, {"avx2": True}), (True, {"avx512_bf16": True})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        result = train(network(), digits, dataclasses.replace(RECIPE, epochs=1, bf16=bf16))
+        assert result["bf16"] is (bf16 and "avx512_bf16" in has)
+        histories.append(untimed(result["history"]))
+    assert histories[0] == histories[1] != histories[2]
 
 
 def test_channels_last_changes_nothing_but_the_order_in_memory(digits):
