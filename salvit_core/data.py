@@ -69,7 +69,8 @@ def load(
 
     Raises:
         FileNotFoundError: the data set is not there and cannot be had, or a file of it is missing.
-        ValueError: an unknown name or value, a truncated or corrupt file, or more images than memory holds.
+        ValueError: an unknown name or value, a device that is not here, a truncated or corrupt file, or more images
+            than memory holds.
     """
     if name != "auto" and name not in DATA:
         raise ValueError(f"data set {name!r} is unknown: choose from auto, {', '.join(DATA)}")
@@ -79,6 +80,13 @@ def load(
         raise ValueError(f"validation is {validation}, expected the share of the training set to hold out, such as 0.1")
     if image is not None and image < 1:
         raise ValueError(f"image is {image}, expected a side of at least 1 pixel, or None to leave images as they are")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}): choose another, such as cpu"
+        ) from error
     root, chosen = Path(root), ""
     if name == "auto":
         name, chosen = choose(root)

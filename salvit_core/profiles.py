@@ -1,5 +1,6 @@
 """How big a run is: one named set of sizes per kind of user."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from .cct import METHODS, TransformerConfig
@@ -22,6 +23,7 @@ class Profile:
         images: training images used, and a quarter as many to validate (0: all).
         recipe: of every training and of fine-tuning after a search.
         search_epochs: epochs of the search phase, E_NAS.
+        differs: per data set, what it has of its own: fields of `Recipe`, or search_epochs.
         seeds: how many seeds the ablations of notebook 02 have; the searches of notebook 03 have one.
         encrypted: test images that notebook 05 runs on shares with `tuned`; `stock` gets a sixty-fourth of them.
     """
@@ -36,6 +38,7 @@ class Profile:
     images: int = 0
     recipe: Recipe = Recipe()
     search_epochs: int = 600
+    differs: dict[str, dict] = field(default_factory=dict, hash=False)
     seeds: int = 3
     encrypted: int = 256
 
@@ -46,30 +49,40 @@ class Profile:
     def training(self, data: str, config: TransformerConfig, seed: int = 0, **changes) -> TrainRun:
         """One network trained from scratch; `changes` are fields of `Recipe`, or `teacher`."""
         teacher = changes.pop("teacher", None)
-        return TrainRun(data, config, _recipe(self.recipe, seed=seed, **changes), self.images, teacher)
+        return TrainRun(data, config, self._finetune(data, seed=seed, **changes), self.images, teacher)
 
     def search(self, data: str, config: TransformerConfig, budget: int, seed: int = 0, **changes) -> SearchRun:
         """One search; `changes` are fields of `SearchRun`, or fields of its fine-tuning's `Recipe`."""
         of_run = {name: changes.pop(name) for name in list(changes) if name in SearchRun.__dataclass_fields__}
-        first = _recipe(self.recipe, seed=seed, epochs=self.search_epochs, keep="last")
-        second = _recipe(self.recipe, seed=seed, **changes)
+        first, second = self._search(data, seed), self._finetune(data, seed=seed, **changes)
         return SearchRun(data, config, first, second, budget, images=self.images, **of_run)
 
     def choice(
         self, data: str, config: TransformerConfig, prices: dict[str, float], budget: float, seed: int = 0
     ) -> ChoiceRun:
         """One search among the mechanisms that `prices` names."""
-        first = _recipe(self.recipe, seed=seed, epochs=self.search_epochs, keep="last")
-        second = _recipe(self.recipe, seed=seed)
+        first, second = self._search(data, seed), self._finetune(data, seed=seed)
         return ChoiceRun(data, config, first, second, tuple(prices), tuple(prices.values()), budget, images=self.images)
+
+    def _search(self, data: str, seed: int) -> Recipe:
+        """Of the search phase."""
+        epochs = self.differs.get(data, {}).get("search_epochs", self.search_epochs)
+        return self._finetune(data, seed=seed, epochs=epochs, keep="last")
+
+    def _finetune(self, data: str, **changes) -> Recipe:
+        """Of training from scratch, and of the second phase."""
+        own = {name: value for name, value in self.differs.get(data, {}).items() if name != "search_epochs"}
+        return dataclasses.replace(self.recipe, **{**own, **changes})
 
 
 # Data sets of larger images have the paper's networks for them in every profile.
 LARGE = {"tiny_imagenet": "cct_9_7x2", "imagenet": "cct_14_7x2"}
 
-
-def _recipe(recipe: Recipe, **changes) -> Recipe:
-    return Recipe(**{**vars(recipe), **changes})
+# What the paper does elsewhere than on CIFAR (Section 4; facts: training).
+PUBLISHED = {
+    "tiny_imagenet": dict(search_epochs=50),
+    "imagenet": dict(search_epochs=50, epochs=100, batch=168, lr=5e-4, weight_decay=0.05),
+}
 
 
 PROFILES = {
@@ -122,6 +135,7 @@ PROFILES = {
             queries=10,
             data=("cifar10", "cifar100", "tiny_imagenet"),
             recipe=Recipe(bf16=True, channels_last=True),
+            differs=PUBLISHED,
             encrypted=1000,
         ),
     )

@@ -47,6 +47,8 @@ DRAWN = ("features", "bases")
 class Recipe:
     """How a network is trained, as plain data; the defaults are the paper's for CIFAR (Section 4; facts: training).
 
+    But for the optimizer: AdamW, as in the released code, where the paper names Adam.
+
     Raises:
         ValueError: a value that is unknown or out of range.
     """
@@ -563,13 +565,16 @@ def _main(options: argparse.Namespace) -> None:
     _, channels, _, side = data.train.images.shape
     config = preset(options.preset, options.method, image=side, channels=channels, classes=data.classes)
     name = f"{options.preset} {options.method} {data.name} {recipe.seed}".replace(" ", "-").replace("=", "")
+    # What does not compare with the others is told apart: epochs chosen on the test images, images of another size.
+    name += ("" if options.protocol == "held-out" else f"-{options.protocol}") + (f"-{side}px" if options.image else "")
     out = options.out or Path("data/runs/training") / name
     if data.chosen and _process()[0] == 0:
         print(data.chosen)
     torch.manual_seed(recipe.seed)
     result = train(build(config), data, recipe, checkpoint=out / "checkpoint.pt", label=name)
     if _process()[0] == 0:
-        result = {"preset": options.preset, "method": options.method, "torch": torch.__version__, **result}
+        chosen = {name: getattr(options, name) for name in ("preset", "method", "protocol")}
+        result = {**chosen, "torch": torch.__version__, **result}
         records.write(out / "result.json", json.dumps(result, indent=1))
         print(f"test accuracy {result['test_accuracy']:.2f} % after {recipe.epochs} epochs: {out / 'result.json'}")
 

@@ -104,6 +104,21 @@ def test_profiles_make_runs(name):
     assert two.search.epochs == size.search_epochs and two.search.distill_logits == 0
 
 
+def test_paper_has_the_epochs_of_each_data_set():
+    """Section 4: E_NAS and E_FT are 600 on CIFAR, 50 and 600 on Tiny-ImageNet, 50 and 100 on ImageNet."""
+    size = profiles.profile("paper")
+    found = {}
+    for data in ("cifar10", "tiny_imagenet", "imagenet"):
+        search = size.search(data, size.config(data, "SA L2Q"), 2, released=True)
+        found[data] = search.search.epochs, search.finetune.epochs, search.finetune.lr, search.finetune.batch
+        assert size.training(data, search.network).recipe.epochs == search.finetune.epochs
+    assert found == {
+        "cifar10": (600, 600, 6e-4, 256),
+        "tiny_imagenet": (50, 600, 6e-4, 256),
+        "imagenet": (50, 100, 5e-4, 168),
+    }
+
+
 def test_unknown_profile():
     with pytest.raises(ValueError, match="profile 'huge' is unknown: choose from smoke, quick, cpu, short, paper"):
         profiles.profile("huge")

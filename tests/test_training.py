@@ -374,10 +374,23 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
 
 
 def test_the_command_line_refuses_in_one_line(tmp_path):
-    done = run("--method", "SA hardmax", "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: method 'SA hardmax' is unknown")
-    assert done.stderr.count("\n") == 1
+    for wrong, said in (
+        (("--method", "SA hardmax"), "error: method 'SA hardmax' is unknown"),
+        (("--device", "cuda:99"), "error: device 'cuda:99' cannot be used here"),
+        (("--device", "gpu"), "error: device 'gpu' cannot be used here"),
+    ):
+        done = run(*wrong, "--out", str(tmp_path))
+        assert done.returncode == 1
+        assert done.stderr.startswith(said)
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_result_says_how_its_epoch_was_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for protocol in ("held-out", "released"):
+        training.main(["--preset", "cct_2_3x1", "--data", "digits", "--epochs", "1", "--protocol", protocol])
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("result.json"))]
+    assert [result["protocol"] for result in results] == ["held-out", "released"]
 
 
 @pytest.mark.parametrize(
