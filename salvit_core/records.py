@@ -118,6 +118,9 @@ def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
     Args:
         path: the file; other processes may write the same one meanwhile.
         content: its text, or what writes it into an open file, such as torch.save does.
+
+    Raises:
+        OSError: no room or no right to write; names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -130,6 +133,9 @@ def write(path: Path, content: str | Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        reason = f"cannot write {path} ({error.strerror or error}): make room, or write elsewhere"
+        raise type(error)(error.errno, reason) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -121,6 +121,19 @@ def test_notebook_runs(root, number):
 
 
 @pytest.mark.timeout(600)
+def test_efficient_attention_in_a_plain_vision_transformer(root):
+    """With figures of its own beside those of the CCT, and the comparison in the records as well."""
+    done = run(root, "06", "backbone=vit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("efficient_trade_offs_vit", "efficient_attention_maps_vit"):
+        assert (root / "figures" / f"{name}.png").stat().st_size > 5000, name
+    for name in ("attention", "attention_vit"):  # the other is of the CCT's run, above
+        rows = json.loads((root / "data" / "runs" / "efficient" / f"{name}.json").read_text())
+        assert {"SA softmax", "Linformer"} < {row["method"] for row in rows}
+        assert all(0 < row["accuracy"] <= 100 and row["private_s"] > 0 for row in rows)
+
+
+@pytest.mark.timeout(600)
 def test_the_projects_own_records_are_shown(root):
     """In the default profile, with no data set to be had."""
     done = run(root, "00,01,02,03,04,05,06", "records=reference", "profile=quick")

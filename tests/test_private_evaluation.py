@@ -96,6 +96,19 @@ def test_stopped_and_resumed(root, asked, monkeypatch):
         assert one["private"] == pytest.approx(other["private"], abs=0.02)
 
 
+def test_a_folder_is_of_one_evaluation(root, asked):
+    data, folder = runs.dataset("digits"), root / "unfinished"
+    whole = evaluate(model(), data, n=3, batch=1, folder=folder)
+    fewer = evaluate(model(), data, n=2, batch=1, folder=folder)  # the same images, without the last
+    assert asked == [3] and fewer["history"] == whole["history"][:2]
+    other = model()
+    torch.nn.init.normal_(other.head.bias)
+    for network, changes, named in ((other, {}, "network"), (model(), {"bits": 11}, "bits is None, here 11")):
+        with pytest.raises(ValueError, match=f"queries.pt is of another evaluation: its {named}"):
+            evaluate(network, data, n=3, batch=1, folder=folder, **changes)
+    assert asked == [3]
+
+
 def test_an_evaluation_is_a_record(root, asked):
     run = EvaluationRun(TRAINED, n=6, batch=3)
     assert studies.there([run]) == {}

@@ -1,5 +1,6 @@
 """Records: found instead of recomputed, whole or absent, honest about where they come from."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -123,6 +124,21 @@ def test_two_processes_may_write_one_file_at_a_time(tmp_path):
 
     records.write(path, interrupted)
     assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_room(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("before")
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = "cannot write .*record.json .No space left on device.: make room"
+    with pytest.raises(OSError, match=message) as caught:
+        records.write(path, full)
+    assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
 def test_killed_at_any_moment_it_goes_on(root):

@@ -118,9 +118,9 @@ class Dealing:
             self.factors[name] = prepared(operation, self.weights[name])
         return self.factors[name]
 
-    def uniform(self) -> torch.Tensor:
-        """A word of this party's own, from the operating system's randomness."""
-        return torch.from_numpy(np.frombuffer(secrets.token_bytes(8), np.int64).copy())
+    def uniform(self, count: int) -> torch.Tensor:
+        """Words of this party's own, from the operating system's randomness."""
+        return torch.from_numpy(np.frombuffer(secrets.token_bytes(8 * count), np.int64).copy())
 
     def weight(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The mask B of a weight, fixed for the session; None at the client, which gets W - B instead."""

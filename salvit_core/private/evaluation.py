@@ -1,5 +1,6 @@
 """Encrypted accuracy: a trained network on shares, image by image, beside itself in the clear."""
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,19 +97,29 @@ def evaluate(
 
     Returns:
         clear_accuracy and private_accuracy (%), agreement (%, same top-1), largest_error and mean_error (of logits),
-        violations (operations that left their range), seconds, offline_seconds, rounds and bytes of a query (median),
-        and history: logits per image, encrypted and clear, with the label.
+        violations (operations that left their range), ranges (of each operation what was seen on these images, what
+        its protocol covers, and by which factor values could still grow), seconds, offline_seconds, rounds and bytes of
+        a query (median), and history: logits per image, encrypted and clear, with the label.
 
     Raises:
-        ValueError: more images than the test split has, or a network that cannot be run.
+        ValueError: more images than the test split has, a network that cannot be run, or a folder with the queries of
+            another evaluation.
         PrivateInferenceError: a party failed; finished queries stay in `folder`.
     """
     split, images = _drawn(dataset, n)
 
     path = None if folder is None else Path(folder) / "queries.pt"
-    done = {"logits": torch.empty(0), "operations": []}
+    identity = {"network": _hashed(model), "data": dataset.name, "protocol": protocol, "provider": provider}
+    identity |= {"bits": bits, "batch": batch}
+    done = {**identity, "logits": torch.empty(0), "operations": []}
     if path is not None and path.exists():
         done = torch.load(path, weights_only=True)
+        for name, value in identity.items():
+            if done.get(name) != value:
+                raise ValueError(
+                    f"{path} is of another evaluation: its {name} is {done.get(name)!r}, here {value!r}; "
+                    "name another folder or delete it"
+                )
     start = len(done["logits"])
     if start < n:
         first = start // batch
@@ -133,13 +144,14 @@ def evaluate(
         done = _joined(done, result.logits, result.queries.to_dict("records"))
         if path is not None:
             _save(done, path)
+    logits = done["logits"][:n]
 
     # Of all images, so that an evaluation that was stopped says what one in a single go says.
     exactly = DomainInterpreter(trace(model), PROTOCOLS[protocol])
     with torch.no_grad():
         clear = torch.cat([exactly.run(part) for part in images.split(64)])
-    error = (done["logits"] - clear).abs()
-    best, exact = done["logits"].argmax(1), clear.argmax(1)
+    error = (logits - clear).abs()
+    best, exact = logits.argmax(1), clear.argmax(1)
     costs = pd.DataFrame(done["operations"]).groupby("query")[["seconds", "offline_seconds", "rounds", "bytes"]].sum()
     return {
         "clear_accuracy": 100 * (exact == split.labels).double().mean().item(),
@@ -148,11 +160,15 @@ def evaluate(
         "largest_error": error.max().item(),
         "mean_error": error.mean().item(),
         "violations": sorted(set(exactly.violations)),
+        "ranges": [
+            {"place": place, **span._asdict(), "margin": min(span.margin, 1e9)}
+            for (place, _), span in exactly.spans.items()
+        ],
         "images": n,
         **{name: float(value) for name, value in costs.median().items()},
         "history": [
             {"label": int(label), "private": [float(x) for x in ours], "clear": [float(x) for x in theirs]}
-            for label, ours, theirs in zip(split.labels, done["logits"], clear, strict=True)
+            for label, ours, theirs in zip(split.labels, logits, clear, strict=True)
         ],
     }
 
@@ -184,7 +200,15 @@ def _joined(done: dict, logits: torch.Tensor, operations: list[dict]) -> dict:
     before = 1 + max((row["query"] for row in done["operations"]), default=-1)
     moved = [{**row, "query": row["query"] + before} for row in operations]
     whole = torch.cat([done["logits"], logits]) if len(done["logits"]) else logits
-    return {"logits": whole, "operations": done["operations"] + moved}
+    return {**done, "logits": whole, "operations": done["operations"] + moved}
+
+
+def _hashed(model: nn.Module) -> str:
+    """Of a network's weights, by name."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(name.encode() + tensor.cpu().double().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def _save(what: dict, path: Path) -> None:

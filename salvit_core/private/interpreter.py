@@ -66,11 +66,12 @@ class SecretInterpreter(fx.Interpreter):
         for name, tensor in sorted(self.module.state_dict().items()):
             self.secrets[name] = self.protocol.secret(name, tensor, rank)
 
-    def record(self, images) -> None:
+    def record(self, images):
         """Run the protocols on shapes alone, each node announced by its index, so that they can note their needs."""
         self._recording = True
-        self.run(images)
+        result = self.run(images)
         self._recording = False
+        return result
 
     def start(self) -> None:
         """Begin counting: both parties are ready and the clock starts."""
@@ -145,6 +146,8 @@ class SecretInterpreter(fx.Interpreter):
 class DomainInterpreter(fx.Interpreter):
     """Runs a graph in the clear and notes every operation whose input leaves what its protocol can compute.
 
+    `violations` says so in words; `spans` has what was seen of every operation in all runs, by its place and quantity.
+
     Args:
         graph: the traced model, with its weights.
         protocol: a module with the table `DOMAINS`.
@@ -154,11 +157,15 @@ class DomainInterpreter(fx.Interpreter):
         super().__init__(graph)
         self.protocol = protocol
         self.violations: list[str] = []
+        self.spans: dict[tuple[str, str], tuple] = {}
 
     def call_module(self, target, args, kwargs):
         """A leaf module, its input checked first."""
         module = self.fetch_attr(target)
-        check = self.protocol.DOMAINS.get(type(module))
-        if check and (reason := check(module, *args)):
-            self.violations.append(f"{target}: {reason}")
+        found = self.protocol.DOMAINS.get(type(module), lambda *_: [])(module, *args)
+        for span in found:
+            before = self.spans.setdefault((str(target), span.what), span)
+            widest = span._replace(low=min(before.low, span.low), high=max(before.high, span.high))
+            self.spans[str(target), span.what] = widest
+        self.violations += [f"{target}: {reason}" for span in found if (reason := span.outside)][:1]
         return super().call_module(target, args, kwargs)

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -119,6 +120,7 @@ def bear(words: list[str], folder: Path, threads: int, listening: Sequence[int] 
 
 def serve(requests: socket.socket) -> None:
     """Fork a party for every request, until nobody is left who could ask."""
+    import numpy as np
     import torch
 
     from ..compat import without_compiler
@@ -159,6 +161,11 @@ def serve(requests: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     torch.set_num_threads(request["threads"])
+    # A fork has the nursery's random state. CrypTen's dealer draws keys from torch's: the same in every session, and
+    # for any party to draw again.
+    torch.seed()
+    random.seed()
+    np.random.seed()
     try:
         party.main()
         end = 0

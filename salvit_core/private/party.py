@@ -28,7 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from .. import __version__
+from .. import __version__, records
 from ..cct import config_of
 from ..compat import without_compiler
 from ..graph import trace
@@ -37,6 +37,7 @@ from . import stock, tuned
 from .dealing import server_of_dealer
 from .interpreter import SecretInterpreter, fingerprint
 from .network import Link
+from .shares import BITS
 
 ROLES = ("server", "client", "dealer")
 PROVIDERS = ("TFP", "TTP")
@@ -210,14 +211,17 @@ def run(args: argparse.Namespace) -> None:
         "torch": torch.__version__.split("+")[0],
         "protocol": args.protocol,
         "provider": args.provider,
-        "bits": args.bits,
-        "batch": args.batch,
+        "bits": None,
+        "batch": None,
         "check": args.check,
         "architecture": None,
         "shape": None,
     }
     if args.role != "dealer":
         graph = read_architecture(args.architecture)
+        own = BITS if args.protocol == "tuned" else crypten.cfg.encoder.precision_bits
+        terms["bits"] = own if args.bits is None else args.bits
+        terms["batch"] = args.batch or "all"
         terms["architecture"] = fingerprint(graph)
         if args.role == "server":
             graph = load_weights(graph, args.weights)
@@ -269,13 +273,10 @@ def run(args: argparse.Namespace) -> None:
 def _save(what, path: Path) -> None:
     packed = io.BytesIO()  # torch.save to a full disk speaks of anything but the disk
     torch.save(what, packed)
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_bytes(packed.getbuffer())
-        partial.replace(path)
+        records.write(path, lambda file: file.write(packed.getbuffer()))
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PartyError(f"cannot write {path} ({error.strerror}): make room, or write elsewhere") from error
+        raise PartyError(error.strerror) from error
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -180,23 +180,25 @@ _RELU = Polynomials([0.0], [(0.0, [0.0, 0.0]), (0.0, [0.0, 1.0])], 0, 0)
 def _check(x: torch.Tensor, low: int, high: int) -> None:
     """In checked mode: note this node if some entry of x, in raw units, is outside [low, high).
 
-    Opens one number, a random multiple of how many entries are outside: zero or not. Two windows of 32 bits look: the
-    wide one sees entries beyond the range by a factor of about 2^10, what is farther off may pass unseen; the narrow
-    one sees what is beyond a bound by 2^-22 of the larger of the two.
+    Opens one number, the sum of a random number for each entry that is outside: zero if there is none, uniform else,
+    however many there are. Two windows of 32 bits look: the wide one sees entries beyond the range by a factor of about
+    2^10, what is farther off may pass unseen; the narrow one sees what is beyond a bound by 2^-22 of the larger of the
+    two.
     """
     if not session.check:
         return
     flat = x.reshape(-1)
     pieces = Polynomials([float(low), float(high)], [(0.0, [1.0]), (0.0, [0.0]), (0.0, [1.0])], 0, 0)
-    beyond = 0
+    found = []
     for step in {max(0, max(abs(low), abs(high)).bit_length() - bits): None for bits in (21, 23)}:
         supply = session.correlation("comparison", flat.numel(), 2, 0, 8, step)
-        beyond = beyond + _evaluate(pieces, *_segments(flat, pieces.knots, step, 8, supply)).sum().reshape(1)
-    times = session.correlation("multiply", (1,), (1,), (1,))
-    random = Share(times[0] if session.recording else session.dealing.uniform(), 0)
-    a, b, share = times
-    e, f = session.reveal(beyond - a, random.data - b)
-    (flag,) = session.reveal(e * (b + f if session.serving else b) + a * f + share)
+        found.append(_evaluate(pieces, *_segments(flat, pieces.knots, step, 8, supply)))
+    beyond = torch.cat(found)  # 0 or 1 each, so that a random number times it is 0 or uniform
+    shape = tuple(beyond.shape)
+    a, b, share = session.correlation("multiply", shape, shape, shape)
+    random = b if session.recording else session.dealing.uniform(len(beyond))
+    e, f = session.reveal(beyond - a, random - b)
+    (flag,) = session.reveal((e * (b + f if session.serving else b) + a * f + share).sum().reshape(1))
     if not session.recording and flag.item() != 0:
         session.violations[session.place] = True
 

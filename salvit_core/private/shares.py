@@ -5,8 +5,10 @@ bits, so that scales can differ and a power of two costs nothing.
 
 Truncation. Dropping t bits of a share locally errs by at most one unit, but with probability |y| / 2^63 by 2^(64-t),
 where y is the integer before it (SecureML, Mohassel and Zhang, 2017, Theorem 1). Scales are chosen so that y stays near
-2^28 for most values, which puts the chance of one such failure in an inference of CCT-7/3x1 near 1e-4. Where y must be
-larger (piecewise polynomials, scaled sums) `truncate` is exact.
+2^(2 bits) for most values: near 2^26 for five million at 13 bits, which puts the chance of one such failure in an
+inference of CCT-7/3x1 near 1e-4. It is four times as large with every bit more. `power` ends so too, in numbers near
+2^36 / x of which there are some ten thousand, for about the same chance. Where y must be larger still (piecewise
+polynomials, scaled sums) `truncate` is exact.
 """
 
 import ctypes

@@ -11,6 +11,7 @@ Shapes are those of the clear operation. Letters: B batch, H heads, N tokens, K 
 import math
 import operator
 import time
+from typing import NamedTuple
 
 import crypten
 import crypten.communicator as comm
@@ -407,54 +408,77 @@ def reveal_to_client(logits: MPCTensor) -> torch.Tensor | None:
 # What leaves its domain
 
 
-def outside(what: str, values: torch.Tensor, domain: tuple[float, float]) -> str | None:
-    """How values leave a closed interval, in words, or None."""
-    low, high = values.min().item(), values.max().item()
-    if domain[0] <= low and high <= domain[1]:
-        return None
-    return f"{what} {low:.3g} to {high:.3g} outside [{domain[0]:.3g}, {domain[1]:.3g}]"
+class Span(NamedTuple):
+    """What values were seen at one place, and the closed interval that its protocol covers."""
+
+    what: str
+    low: float
+    high: float
+    least: float
+    most: float
+
+    @property
+    def outside(self) -> str | None:
+        """How the values leave the interval, in words, or None."""
+        if self.least <= self.low and self.high <= self.most:
+            return None
+        return f"{self.what} {self.low:.3g} to {self.high:.3g} outside [{self.least:.3g}, {self.most:.3g}]"
+
+    @property
+    def margin(self) -> float:
+        """By which factor values could still grow, or shrink towards zero where that is a bound; below 1 outside."""
+        up = self.most / self.high if self.high > 0 else math.inf
+        down = math.inf if self.low == 0 == self.least else self.low / self.least if self.least > 0 else math.inf
+        if self.least < 0:
+            down = self.least / self.low if self.low < 0 else math.inf
+        return min(up, down)
 
 
-def _softmax_domain(module: Softmax, scores: torch.Tensor) -> str | None:
+def spans(what: str, values: torch.Tensor, domain: tuple[float, float]) -> list[Span]:
+    """The one span of some values."""
+    return [Span(what, values.min().item(), values.max().item(), *domain)]
+
+
+def _softmax_domain(module: Softmax, scores: torch.Tensor) -> list[Span]:
     shifted = scores - scores.amax(module.dim, keepdim=True)
-    return outside("exponents", shifted, EXPONENT) or outside(
+    return spans("exponents", shifted, EXPONENT) + spans(
         "reciprocals of row sums", shifted.exp().sum(module.dim), RECIPROCAL
     )
 
 
-def _two_quad_domain(module: TwoQuad, scores: torch.Tensor) -> str | None:
-    return outside("reciprocals of row sums", (scores + module.c).square().sum(module.dim), RECIPROCAL)
+def _two_quad_domain(module: TwoQuad, scores: torch.Tensor) -> list[Span]:
+    return spans("reciprocals of row sums", (scores + module.c).square().sum(module.dim), RECIPROCAL)
 
 
-def _two_relu_domain(module: TwoReLU, scores: torch.Tensor) -> str | None:
-    return outside("reciprocals of row sums", scores.relu().sum(module.dim) + module.eps, RECIPROCAL)
+def _two_relu_domain(module: TwoReLU, scores: torch.Tensor) -> list[Span]:
+    return spans("reciprocals of row sums", scores.relu().sum(module.dim) + module.eps, RECIPROCAL)
 
 
-def _l2q_domain(module: L2Q, scores: torch.Tensor) -> str | None:
+def _l2q_domain(module: L2Q, scores: torch.Tensor) -> list[Span]:
     sums = (module.d * scores + module.c).square().sum(module.dim) + module.eps
-    return outside("reciprocals of row sums", sums, RECIPROCAL)
+    return spans("reciprocals of row sums", sums, RECIPROCAL)
 
 
-def _l1_domain(module: L1, weights: torch.Tensor) -> str | None:
-    return outside("reciprocals of row sums", weights.sum(module.dim), RECIPROCAL)
+def _l1_domain(module: L1, weights: torch.Tensor) -> list[Span]:
+    return spans("reciprocals of row sums", weights.sum(module.dim), RECIPROCAL)
 
 
-def _layer_norm_domain(module: nn.LayerNorm, x: torch.Tensor) -> str | None:
-    return outside("inverse roots of variances", x.var(-1, unbiased=False) + module.eps, INVERSE_ROOT)
+def _layer_norm_domain(module: nn.LayerNorm, x: torch.Tensor) -> list[Span]:
+    return spans("inverse roots of variances", x.var(-1, unbiased=False) + module.eps, INVERSE_ROOT)
 
 
-def _gelu_domain(module: nn.GELU, x: torch.Tensor) -> str | None:
-    return outside("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
+def _gelu_domain(module: nn.GELU, x: torch.Tensor) -> list[Span]:
+    return spans("error functions of", x * math.sqrt(0.5), ERROR_FUNCTION)
 
 
-def _divide_domain(module: Divide, numerator: torch.Tensor, denominator: torch.Tensor) -> str | None:
-    return outside("reciprocals of denominators", denominator + module.eps, RECIPROCAL)
+def _divide_domain(module: Divide, numerator: torch.Tensor, denominator: torch.Tensor) -> list[Span]:
+    return spans("reciprocals of denominators", denominator + module.eps, RECIPROCAL)
 
 
-def _exponential_domain(module: Exponential, a: torch.Tensor) -> str | None:
+def _exponential_domain(module: Exponential, a: torch.Tensor) -> list[Span]:
     if module.dims:
         a = a - a.amax(tuple(range(-module.dims, 0)), keepdim=True)
-    return outside("exponents", a, EXPONENT)
+    return spans("exponents", a, EXPONENT)
 
 
 DOMAINS = {
@@ -467,6 +491,6 @@ DOMAINS = {
     nn.GELU: _gelu_domain,
     Divide: _divide_domain,
     Exponential: _exponential_domain,
-    NewtonInverse: lambda m, a: outside("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
-    PseudoInverse: lambda m, a: outside("reciprocals of column sums", a.sum(-2).amax(-1), RECIPROCAL),
+    NewtonInverse: lambda m, a: spans("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
+    PseudoInverse: lambda m, a: spans("reciprocals of column sums", a.sum(-2).amax(-1), RECIPROCAL),
 }

@@ -21,6 +21,8 @@ What differs from stock, and where it comes from:
   LayerNorm's scale and shift move into the linear maps that alone read it.
 - Scales are bookkeeping: each share knows its fractional bits, so that powers of two cost nothing.
 
+Not done: branches that run side by side (both attentions of a head-wise layer) open one after the other, not together.
+
 Letters in costs: n elements of the value, J knots, k digits, p degree; a word is 64 bits, and words are counted as
 those a party sends and receives, halved, like the bytes in a record. A round is one message or one exchange.
 """
@@ -63,11 +65,12 @@ from .inverses import RIDGED_SUM, newton_inverse, pseudo_inverse
 from .ring import product
 from .segments import Polynomials, fitted, largest, log2_above, maximum, piecewise, positive_part, power, reciprocal
 from .shares import BITS, Share, Weight, by_weight, keep_memory, multiply, scaled, session, truncate
-from .stock import OPTIONS, identity, outside  # noqa: F401  OPTIONS is part of the table
+from .stock import OPTIONS, Span, identity, spans  # noqa: F401  OPTIONS is part of the table
 
 # Octaves, and absolute bounds, that the protocols cover. `DOMAINS` says what leaves them.
 VARIANCE = (-12, 8)
 ROW_SUM = (-7, 11)
+L2Q_SUM = (-10, 11)  # learnt c and d leave some rows with small scores only
 L1_SUM = (-10, 6)
 QUOTIENT = (-12, 6)  # of a denominator over its public scale
 
@@ -244,6 +247,7 @@ def _exponentials(x: Share) -> Share:
 def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """exp(a - max a) over its sum, weights to 1e-3, for scores that differ by less than 128.
 
+    To 4e-3 where one weight stands beside hundreds that are small and alike: their errors are alike too, and add up.
     3 ceil(log2 K) + 11 rounds; 1.5 n words for exp, n for the maximum.
     """
     scores = scores.settle().to(session.bits)
@@ -275,14 +279,15 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
 
     With P = d^2, Q = 2 d c and R = c^2, all the server's, the square is P a^2 + Q a + R. One round and n words, and
     those of the sums' reciprocals. The server scales (d, c) so that the sum is near one where a is near one: L2Q does
-    not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself.
+    not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself. Scores
+    are rounded to 9 bits, which moves a weight by up to 2^-7 over the root of its row's sum of squares.
     """
     x = scores.settle().to(session.bits - 4)
     down = log2_above(scores.shape[module.dim])
     pair = [secret.get(name) for name in "dc"]
     shape = torch.broadcast_shapes(*(value.shape for value in pair if value is not None), ())
     name = next((value.name for value in pair if value is not None), "").rpartition(".")[0] or "fixed"
-    name = f"{name} of {'x'.join(map(str, scores.shape[1:]))}" if name == "fixed" else name
+    name = f"{module.d}, {module.c} of {'x'.join(map(str, scores.shape[1:]))}" if name == "fixed" else name
 
     def coefficients() -> list[torch.Tensor]:
         d, c = (
@@ -294,7 +299,8 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
 
     y = _quadratic(name, x, shape, coefficients, session.bits - 1)
     # The sum of K such squares is near one once they are divided by K.
-    return _normalised(Share(y.data, y.bits + down).to(session.bits + 7), module.dim, ROW_SUM)
+    # As many bits more as the sum may be smaller than other normalisers'.
+    return _normalised(Share(y.data, y.bits + down).to(session.bits + 10), module.dim, L2Q_SUM)
 
 
 def _quadratic(name: str, x: Share, shape: tuple, coefficients, bits: int) -> Share:
@@ -561,7 +567,8 @@ def prepare(network, shape: tuple, rank: int, options) -> None:
     session.audit = None if options.audit is None else []
     session.recording = True
     with without_compiler():
-        network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
+        logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
+        logits.settle()  # as `reveal_to_client` will
     session.recording = False
     keys = [None, None]
     if options.provider == "TTP":
@@ -646,59 +653,59 @@ def reveal_to_client(logits: Share) -> torch.Tensor | None:
 # What leaves its domain, seen in the clear
 
 
-def _sums(what: str, sums: torch.Tensor, octaves: tuple[int, int], zeros: bool = False) -> str | None:
+def _sums(what: str, sums: torch.Tensor, octaves: tuple[int, int], zeros: bool = False) -> list[Span]:
     sums = sums[sums != 0] if zeros else sums
-    return outside(what, sums, (2.0 ** octaves[0], 2.0 ** octaves[1])) if sums.numel() else None
+    return spans(what, sums, (2.0 ** octaves[0], 2.0 ** octaves[1])) if sums.numel() else []
 
 
 def _spread(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.amax(dim) - x.amin(dim)
 
 
-def _l2q_domain(module: L2Q, a: torch.Tensor) -> str | None:
+def _l2q_domain(module: L2Q, a: torch.Tensor) -> list[Span]:
     d, c = torch.as_tensor(module.d), torch.as_tensor(module.c)
     scale = (d.square().mean() + c.square().mean()) * 2 ** log2_above(a.shape[module.dim])
-    return _sums("scaled sums of squares", (d * a + c).square().sum(module.dim) / scale, ROW_SUM)
+    return _sums("scaled sums of squares", (d * a + c).square().sum(module.dim) / scale, L2Q_SUM)
 
 
-def _two_quad_domain(module: TwoQuad, a: torch.Tensor) -> str | None:
+def _two_quad_domain(module: TwoQuad, a: torch.Tensor) -> list[Span]:
     scale = 2 ** (5 + log2_above(a.shape[module.dim]))
     return _sums("scaled sums of squares", (a + module.c).square().sum(module.dim) / scale, ROW_SUM)
 
 
-def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> str | None:
+def _two_relu_domain(module: TwoReLU, a: torch.Tensor) -> list[Span]:
     sums = a.relu().sum(module.dim) / 2 ** (log2_above(a.shape[module.dim]) // 2)
-    return outside("scores", a, (-64, 64)) or _sums("scaled sums", sums, ROW_SUM, zeros=True)
+    return spans("scores", a, (-64, 64)) + _sums("scaled sums", sums, ROW_SUM, zeros=True)
 
 
-def _divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> str | None:
+def _divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> list[Span]:
     a, b = torch.broadcast_tensors(a, b + module.eps)
     units = b / 2.0 ** round(math.log2(module.scale))
     # Below the range a quotient may come out three times as large: that is nothing where it is next to nothing.
     small = (a / b).abs() < 2.0**-11
     return (
-        outside("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
-        or outside("quotients", a / b, (-(2.0**8), 2.0**8))
-        or _sums("scaled denominators", units.masked_fill(small, 0), QUOTIENT, zeros=True)
+        spans("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
+        + spans("quotients", a / b, (-(2.0**8), 2.0**8))
+        + _sums("scaled denominators that count", units.masked_fill(small, 0), QUOTIENT, zeros=True)
     )
 
 
-def _exponential_domain(module: Exponential, a: torch.Tensor) -> str | None:
+def _exponential_domain(module: Exponential, a: torch.Tensor) -> list[Span]:
     if not module.dims:
-        return outside("exponents", a, (-118, 0.05))
-    return outside("spreads", _spread(a.flatten(-module.dims), -1), (0, 118))
+        return spans("exponents", a, (-118, 0.05))
+    return spans("spreads", _spread(a.flatten(-module.dims), -1), (0, 118))
 
 
-def _matrix(what: str, sums: torch.Tensor, low: int) -> str | None:
+def _matrix(what: str, sums: torch.Tensor, low: int) -> list[Span]:
     return _sums(what, sums.amax(-1), (low, log2_above(sums.shape[-1]) + 1))
 
 
 DOMAINS = {
-    nn.ReLU: lambda m, x: outside("inputs", x, (-64, 64)),
-    nn.MaxPool2d: lambda m, x: outside("inputs", x, (-32, 32)),
-    nn.GELU: lambda m, x: outside("inputs", x, (-28, 28)),
+    nn.ReLU: lambda m, x: spans("inputs", x, (-64, 64)),
+    nn.MaxPool2d: lambda m, x: spans("inputs", x, (-32, 32)),
+    nn.GELU: lambda m, x: spans("inputs", x, (-28, 28)),
     nn.LayerNorm: lambda m, x: _sums("variances", x.var(-1, unbiased=False) + m.eps, VARIANCE),
-    Softmax: lambda m, x: outside("spreads of scores", _spread(x, m.dim), (0, 118)),
+    Softmax: lambda m, x: spans("spreads of scores", _spread(x, m.dim), (0, 118)),
     TwoQuad: _two_quad_domain,
     TwoReLU: _two_relu_domain,
     L2Q: _l2q_domain,
