@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from salvit_core import CCT, preset, private
-from salvit_core.private import launch, nursery
+from salvit_core.private import launch, nursery, party
 
 TINY = preset("cct_2_3x1", attention=("self", "external"), normalizer="softmax")
 PARTY = [sys.executable, "-m", "salvit_core.private.party"]
@@ -269,7 +269,7 @@ def test_a_party_alone_gives_up(tmp_path):
 )
 def test_command_line_refusals(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        private.party.main(arguments)
+        party.main(arguments)
     assert message in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from salvit_core.attention import ATTENTION, operations
 from salvit_core.attention.operations import MatMul
 from salvit_core.graph import trace
 from salvit_core.normalizers import L1, L2Q, NORMALIZERS, Scaling, Softmax, TwoQuad, TwoReLU
-from salvit_core.private import stock, tuned
+from salvit_core.private import launch, stock, tuned
 from salvit_core.private.interpreter import DomainInterpreter, fingerprint, unsupported
 from salvit_core.private.stock import crypten
 
@@ -206,7 +206,7 @@ def test_unfaithful_is_said():
     assert result.rounds > 0 and result.seconds > 0
 
 
-@pytest.mark.parametrize("provider", private.launch.PROVIDERS)
+@pytest.mark.parametrize("provider", launch.PROVIDERS)
 def test_whole_network_is_faithful_where_stock_is_right(provider):
     torch.manual_seed(0)
     model = CCT(preset("cct_2_3x1", attention=("self", "external"), normalizer="softmax"))
