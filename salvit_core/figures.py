@@ -33,6 +33,15 @@ NORMALIZER_STYLE = {
     name: (PALETTE[i], DASHES[i]) for i, name in enumerate(("softmax", "2quad", "2relu", "l2q", "scaling"))
 }
 
+# Lines: a method looks the same in every figure. The first ten, which are drawn together most, differ in colour.
+_METHODS = (
+    "SAL-ViT", "SA softmax", "SA 2Quad", "SA L2Q", "EA softmax", "EA L2Q", "SA scaling", "SA 2Quad (KD)",
+    "SAL-ViT (KD)", "MPCViT", "MPCViT (KD)", "Linformer", "CosFormer", "Performer", "Nystromformer", "SOFT",
+    "Hamburger", "Dilated hybrid", "Linformer, heads", "Linformer L2Q", "Nystromformer L2Q", "Dilated L2Q",
+    "Performer ReLU", "SA separate", "SA 2ReLU", "EA 2Quad", "EA 2ReLU", "EA scaling", "SAL-ViT B=1", "SAL-ViT B=2",
+    "SAL-ViT B=3",
+)  # fmt: skip
+
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -46,6 +55,13 @@ STYLE = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
 }
+
+
+def _look(series: str, drawn: list[str]) -> dict:
+    """Colour, dashes and marker of a method, or of another series by its place among those drawn."""
+    i = _METHODS.index(series) if series in _METHODS else drawn.index(series)
+    dashes = DASHES[i % len(DASHES)]
+    return {"color": PALETTE[i % len(PALETTE)], "dashes": dashes, "marker": "osD^vP*Xh<>p"[i % 12]}
 
 
 def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None = None, note: str = "") -> Figure:
@@ -218,16 +234,9 @@ def accuracy_against(
         handles = {}
         for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
             for series, part in table.groupby("series", sort=False):
-                i, part = known.index(series), part.sort_values("x")  # one look per series in all panels
-                (handles[series],) = axis.plot(
-                    part["x"],
-                    part["accuracy"],
-                    color=PALETTE[i % len(PALETTE)],
-                    dashes=DASHES[i % len(DASHES)],
-                    marker="osD^vP*Xh<>p"[i % 12],
-                    markersize=5,
-                    linewidth=1.0,
-                )
+                part = part.sort_values("x")
+                look = {**_look(series, known), "markersize": 5, "linewidth": 1.0}
+                (handles[series],) = axis.plot(part["x"], part["accuracy"], **look)
                 for _, row in part[part["method"] != series].iterrows():
                     place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 5.5}
                     axis.annotate(row["method"], (row["x"], row["accuracy"]), **place)
@@ -372,18 +381,11 @@ def curves(
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")
+        known = list(dict.fromkeys(table["series"]))
         for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
-            for i, (series, part) in enumerate(table.groupby("series", sort=False)):
-                axis.plot(
-                    part[x],
-                    part[column],
-                    color=PALETTE[i % len(PALETTE)],
-                    dashes=DASHES[i % len(DASHES)],
-                    marker="osD^vP*"[i % 7],
-                    markersize=4,
-                    linewidth=1.2,
-                    label=series,
-                )
+            for series, part in table.groupby("series", sort=False):
+                look = {**_look(series, known), "markersize": 4, "linewidth": 1.2}
+                axis.plot(part[x], part[column], label=series, **look)
             if x in log:
                 axis.set_xscale("log", base=base)
             axis.set_xticks(sorted(table[x].unique()), sorted(table[x].unique()))

@@ -246,6 +246,23 @@ def test_linformer_with_the_identity_is_softmax_attention(name):
     torch.testing.assert_close(module.weights(x), softmax_weights(module, x))
 
 
+@pytest.mark.parametrize("name", ["linformer", "linformer_heads"])
+def test_linformer_comes_closer_to_softmax_attention_as_k_grows(name):
+    """With rows of E that are means of segments, on tokens that change slowly: 1, 7 and 24 of 49, and one per token."""
+    errors = []
+    for rows in (1, 7, 24, 49):
+        module, x, _ = build(name, 49, memory=rows)
+        x = smooth(x)
+        segment = torch.arange(49) * rows // 49
+        means = nn.functional.one_hot(segment, rows).T.double()
+        means = means / means.sum(1, keepdim=True)
+        for reduction in module.reduction if name == "linformer_heads" else [module.reduction]:
+            reduction.weight.data.copy_(means)
+        errors.append(distance(module.weights(x), softmax_weights(module, x)))
+    assert errors == sorted(errors, reverse=True), errors
+    assert errors[2] < 0.7 * errors[0] and errors[3] < 1e-12, errors
+
+
 def test_performer_comes_closer_to_softmax_attention_with_the_root_of_its_features():
     errors = []
     for memory in (16, 128, 1024):
