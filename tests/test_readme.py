@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -111,15 +112,19 @@ def test_efficient_attention_is_that_on_record():
         for r in records.load("training", "reference")
         if r["config"]["images"] == 15_000
     }
+    queries = {}
+    for r in records.load("latency", "reference"):
+        config, which = config_of(r["config"]["network"]), (r["config"]["protocol"], r["config"]["provider"])
+        if config in network and which == ("tuned", "TFP"):
+            queries.setdefault(network[config], []).append(r["metrics"])
+    assert {len(found) for found in queries.values()} == {3}
     private = {
-        network[config]: (
-            f"{r['metrics']['seconds']:.2f}",
-            f"{r['metrics']['rounds']}",
-            f"{r['metrics']['bytes'] / 1e6:.1f}",
+        name: (
+            f"{statistics.median(m['seconds'] for m in found):.2f}",
+            f"{found[0]['rounds']}",
+            f"{found[0]['bytes'] / 1e6:.1f}",
         )
-        for r in records.load("latency", "reference")
-        if (config := config_of(r["config"]["network"])) in network
-        and (r["config"]["query"], r["config"]["protocol"], r["config"]["provider"]) == (0, "tuned", "TFP")
+        for name, found in queries.items()
     }
     flops = {
         network[config]: f"{r['metrics']['flops'] / 1e6:.1f}"

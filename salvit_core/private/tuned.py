@@ -282,7 +282,8 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself. Scores
     are rounded to 9 bits, which moves a weight by up to 2^-7 over the root of its row's sum of squares.
     """
-    x = scores.settle().to(session.bits - 4)
+    # The square has P's bits and twice these: with more, too few of the 64 would be left to truncate it safely.
+    x = scores.settle().to(min(session.bits - 4, 11))
     down = log2_above(scores.shape[module.dim])
     pair = [secret.get(name) for name in "dc"]
     shape = torch.broadcast_shapes(*(value.shape for value in pair if value is not None), ())
