@@ -140,7 +140,9 @@ def test_accuracies_are_those_on_record():
     def key(record):
         network = record["config"]["network"]
         if record["study"] == "search":
-            return record["config"]["rule"], record["config"]["budget"]
+            return network["normalizer"], record["config"]["rule"], record["config"]["budget"]
+        if not (network["l2q_learn_c"] and network["l2q_learn_d"]):
+            return "C only" if network["l2q_learn_c"] else "D only"
         kind = network["l2q_granularity"] if network["normalizer"] == "l2q" else network["normalizer"]
         return network["attention"][0], kind
 
@@ -154,12 +156,28 @@ def test_accuracies_are_those_on_record():
         "SA softmax": [("self", "softmax")],
         "SA 2Quad": [("self", "2quad")],
         "SA L2Q global / head-wise / element-wise": [("self", "global"), ("self", "head"), ("self", "element")],
+        "SA L2Q, C only / D only *": ["C only", "D only"],
+        "SA scaling *": [("scaling", "softmax")],
         "EA softmax": [("external", "softmax")],
-        "SAL-ViT, top alpha, B = 1 / 2 / 3": [("top", b) for b in (1, 2, 3)],
-        "worst case, lowest alpha, B = 1 / 2 / 3": [("bottom", b) for b in (1, 2, 3)],
+        "EA L2Q *": [("external", "element")],
+        "SAL-ViT, top alpha, B = 1 / 2 / 3": [("l2q", "top", b) for b in (1, 2, 3)],
+        "worst case, lowest alpha, B = 1 / 2 / 3": [("l2q", "bottom", b) for b in (1, 2, 3)],
+        "SAL-ViT, top alpha, B = 2, with softmax / 2Quad / 2ReLU *": [
+            (n, "top", 2) for n in ("softmax", "2quad", "2relu")
+        ],
     }
     shown = {label: ours for label, ours, _ in rows("network | ours")}
     assert shown == {label: " / ".join(f"{found[k]:.2f}" for k in keys) for label, keys in expected.items()}
+
+
+def test_trained_networks_stay_well_within_the_ranges_of_tuned():
+    found = [r for r in records.load("encrypted", "reference") if r["config"]["protocol"] == "tuned"]
+    assert max(r["metrics"]["images"] for r in found) >= 256
+    for record in found:
+        assert record["metrics"]["violations"] == [] and len(record["metrics"]["ranges"]) > 15
+        assert min(row["margin"] for row in record["metrics"]["ranges"]) > 3
+        if record["config"]["bits"] is None:
+            assert record["metrics"]["agreement"] >= 99 and record["metrics"]["largest_error"] < 0.05
 
 
 def test_reference_records_say_where_they_are_from():
