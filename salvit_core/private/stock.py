@@ -428,10 +428,9 @@ class Span(NamedTuple):
     def margin(self) -> float:
         """By which factor values could still grow, or shrink towards zero where that is a bound; below 1 outside."""
         up = self.most / self.high if self.high > 0 else math.inf
-        down = math.inf if self.low == 0 == self.least else self.low / self.least if self.least > 0 else math.inf
-        if self.least < 0:
-            down = self.least / self.low if self.low < 0 else math.inf
-        return min(up, down)
+        if self.least > 0:
+            return min(up, self.low / self.least)
+        return min(up, self.least / self.low) if self.low < 0 else up
 
 
 def spans(what: str, values: torch.Tensor, domain: tuple[float, float]) -> list[Span]:
