@@ -13,13 +13,11 @@ Each variant is a process of its own, so that its memory is its own; the two of 
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
@@ -29,8 +27,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from salvit_core import CCT, compat, data, preset, records, sas
-from salvit_core.attention import fused
+from salvit_core import CCT, compat, datasets, preset, workspace
+from salvit_core.experiments import store
+from salvit_core.models.attention import fused
+from salvit_core.search import released, sas
 from salvit_core.training import Recipe, fit, multiplies_bf16, train
 
 ROWS = ("search phase", "fine-tuning, B = 3", "plain self-attention")
@@ -99,7 +99,7 @@ def recipe(run: Run, row: str):
         sas.freeze(net, net.config.attention)
         for block in net.blocks:
             block.attention.alpha.requires_grad_(False)
-    term = sas.penalty(net, released=True) if row == "search phase" else None
+    term = released.ReleasedPenalty(net) if row == "search phase" else None
     net.to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=6e-4, weight_decay=0.06)
     count = (run.turns + 1) * (run.steps + WORKERS * PREFETCH) * run.batch
@@ -131,12 +131,13 @@ def recipe(run: Run, row: str):
 def ours(run: Run, row: str):
     """Yields images per second, turn by turn."""
     net = sas.mixed(config(run, row)) if row == "search phase" else CCT(config(run, row))
-    term = sas.penalty(net) if row == "search phase" else None
+    term = sas.Penalty(net) if row == "search phase" else None
     splits = []
     for count in (run.steps * run.batch, 8, 8):
         images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-        splits.append(data.Split(images.to(run.device), torch.randint(10, (count,)).to(run.device)))
-    images = data.Data("random", 10, *splits, mean=MEAN, std=STD, chosen="")
+        labels = torch.randint(10, (count,)).to(run.device)
+        splits.append(datasets.Split(images.to(run.device), labels, MEAN, STD))
+    images = datasets.Data("random", 10, *splits, chosen="")
     options = dict(bf16=run.bf16, channels_last=True, compile=run.compile, keep="last")
     for facts in fit(net, images, Recipe(epochs=run.turns + 1, batch=run.batch, **options), penalty=term):
         yield facts["images_per_second"]
@@ -216,7 +217,7 @@ def flops(run: Run, row: str) -> float:
 
 def accuracy(seeds: int, epochs: int, bf16: bool) -> dict:
     """Test accuracy (%) on the digits at 16 pixels, 64 tokens: plain in float32, and fused in bfloat16."""
-    digits = data.load("digits", image=16)
+    digits = datasets.load("digits", image=16)
     recipe = Recipe(epochs=epochs, batch=64, lr=2e-3, augment="crop")
     found = {"plain float32": [], "ours": []}
     for seed in range(seeds):
@@ -263,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps in a turn (default: 2 on a CPU, 40 on a GPU)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each variant, after one that warms up")
     parser.add_argument("--compile", action="store_true", help="torch.compile in ours")
-    parser.add_argument("--out", type=Path, default=records.ROOT / "data/runs/benchmarks/training.json")
+    parser.add_argument("--out", type=Path, default=workspace.ROOT / "data/runs/benchmarks/training.json")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     size = 256 if options.quick else 8192 if cuda else 2048
@@ -281,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         if facts["variant"] == "ours":
             facts["flops_per_image"] = flops(run, facts["row"])
             facts["bound"] = rates["bfloat16" if bf16 else "float32"] / facts["flops_per_image"]
-    machine = records.machine()
+    machine = store.machine()
     report = {
         "run": dataclasses.asdict(run),
         "images": "random, uint8, 3x32x32",
@@ -290,16 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
         "matmul_flop_per_second": rates,
         "rows": rows,
         "accuracy": accuracy(*((1, 1) if options.quick else (3, 20)), bf16),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": records.versions(),
-        "machine": machine,
-        "commit": records.commit(),
-        "source": "measured",
+        **store.circumstances(),
     }
-    records.write(options.out, json.dumps(report, indent=1, allow_nan=False))
-    records.write(options.out.with_suffix(".md"), markdown(report) + "\n")
-    print(markdown(report))
-    print(f"\n{options.out}")
+    store.save_report(report, markdown(report), options.out)
 
 
 if __name__ == "__main__":

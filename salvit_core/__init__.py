@@ -1,9 +1,13 @@
 """Private inference of vision transformers, measured: the study's package."""
 
-from .cct import CCT, MECHANISMS, METHODS, PRESETS, CCTConfig, ViTConfig, config_of, preset
-from .vit import ViT, build
+import importlib
 
-__version__ = "0.1.0"
+from .models.cct import CCT
+from .models.config import PRESETS, CCTConfig, ViTConfig, config_of, preset
+from .models.rows import MECHANISMS, METHODS
+from .models.vit import ViT, build
+
+__version__ = "0.2.0"
 __all__ = [
     "CCT",
     "MECHANISMS",
@@ -14,5 +18,17 @@ __all__ = [
     "ViTConfig",
     "build",
     "config_of",
+    "cost",
     "preset",
+    "private",
+    "sas",
 ]
+
+# Names that stay, wherever their files are; imported when they are asked for, since not everybody has what they need.
+_HOMES = {"cost": ".models.cost", "sas": ".search.sas", "private": ".private"}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(_HOMES[name], __name__)

@@ -1,8 +1,7 @@
 """Encrypted accuracy: a trained network on shares, image by image, beside itself in the clear."""
 
 import hashlib
-import shutil
-from dataclasses import dataclass
+import pickle
 from pathlib import Path
 
 import pandas as pd
@@ -10,68 +9,18 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import data as datasets
-from .. import records, runs
-from ..graph import trace
-from ..runs import SearchRun, TrainRun
-from .interpreter import DomainInterpreter
-from .launch import infer
-from .party import PROTOCOLS
-
-
-@dataclass(frozen=True)
-class EvaluationRun:
-    """One trained network evaluated on shares.
-
-    Attributes:
-        trained: the run that trained it.
-        n: test images.
-        batch: images in a query.
-        protocol: as in `infer`.
-        provider: as in `infer`.
-        bits: as in `infer`.
-    """
-
-    trained: TrainRun | SearchRun
-    n: int = 256
-    batch: int = 8
-    protocol: str = "tuned"
-    provider: str = "TFP"
-    bits: int | None = None
-
-    @property
-    def seed(self) -> int:
-        """Of the training."""
-        return self.trained.seed
-
-
-@dataclass(frozen=True)
-class DriftRun:
-    """How far the shares of one trained network's activations are from the clear ones, layer by layer.
-
-    Attributes:
-        trained: the run that trained it.
-        n: test images, all in one query.
-        protocol: as in `infer`.
-        provider: as in `infer`.
-        bits: as in `infer`.
-    """
-
-    trained: TrainRun | SearchRun
-    n: int = 4
-    protocol: str = "tuned"
-    provider: str = "TFP"
-    bits: int | None = None
-
-    @property
-    def seed(self) -> int:
-        """Of the training."""
-        return self.trained.seed
+from .. import workspace
+from ..fields import whole
+from ..models.graph import trace
+from . import protocol_of
+from .asked import Asked, model_problem
+from .interpreter import DomainInterpreter, fingerprint
+from .parties.launch import infer
 
 
 def evaluate(
     model: nn.Module,
-    dataset: datasets.Data,
+    dataset,
     protocol: str = "tuned",
     n: int = 256,
     batch: int = 8,
@@ -86,7 +35,7 @@ def evaluate(
 
     Args:
         model: the trained network.
-        dataset: the images; its test split is used.
+        dataset: a `datasets.Data`, whose test split is used.
         protocol: as in `infer`.
         n: number of images.
         batch: images in a query.
@@ -102,24 +51,28 @@ def evaluate(
         a query (median), and history: logits per image, encrypted and clear, with the label.
 
     Raises:
-        ValueError: more images than the test split has, a network that cannot be run, or a folder with the queries of
-            another evaluation.
+        ValueError: more images than the test split has, a network that cannot be run, options out of range, or finished
+            queries that cannot be read.
         PrivateInferenceError: a party failed; finished queries stay in `folder`.
     """
-    split, images = _drawn(dataset, n)
+    Asked(protocol, provider, bits=bits, batch=batch)
+    if not whole(batch):
+        raise ValueError(f"batch is {batch!r}: give a whole number of images, 1 or more")
+    if problem := model_problem(model):
+        raise ValueError(problem)
+    images, labels = drawn(dataset, n)
 
-    path = None if folder is None else Path(folder) / "queries.pt"
-    identity = {"network": _hashed(model), "data": dataset.name, "protocol": protocol, "provider": provider}
-    identity |= {"bits": bits, "batch": batch}
-    done = {**identity, "logits": torch.empty(0), "operations": []}
+    # All that the logits depend on; n is not in it: fewer images are the first of more.
+    identity = f"{_hashed(model)} {_data_hashed(dataset)} {protocol} {provider} {bits} {batch}"
+    mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    path = None if folder is None else Path(folder) / f"queries_{mark}.pt"
+    done = {"logits": torch.empty(0), "operations": []}
     if path is not None and path.exists():
-        done = torch.load(path, weights_only=True)
-        for name, value in identity.items():
-            if done.get(name) != value:
-                raise ValueError(
-                    f"{path} is of another evaluation: its {name} is {done.get(name)!r}, here {value!r}; "
-                    "name another folder or delete it"
-                )
+        try:
+            done = torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as unread:
+            why = str(unread).splitlines()[0]
+            raise ValueError(f"{path} holds no finished queries ({why}): delete it") from unread
     start = len(done["logits"])
     if start < n:
         first = start // batch
@@ -147,15 +100,15 @@ def evaluate(
     logits = done["logits"][:n]
 
     # Of all images, so that an evaluation that was stopped says what one in a single go says.
-    exactly = DomainInterpreter(trace(model), PROTOCOLS[protocol])
+    exactly = DomainInterpreter(trace(model), protocol_of(protocol))
     with torch.no_grad():
         clear = torch.cat([exactly.run(part) for part in images.split(64)])
     error = (logits - clear).abs()
     best, exact = logits.argmax(1), clear.argmax(1)
     costs = pd.DataFrame(done["operations"]).groupby("query")[["seconds", "offline_seconds", "rounds", "bytes"]].sum()
     return {
-        "clear_accuracy": 100 * (exact == split.labels).double().mean().item(),
-        "private_accuracy": 100 * (best == split.labels).double().mean().item(),
+        "clear_accuracy": 100 * (exact == labels).double().mean().item(),
+        "private_accuracy": 100 * (best == labels).double().mean().item(),
         "agreement": 100 * (best == exact).double().mean().item(),
         "largest_error": error.max().item(),
         "mean_error": error.mean().item(),
@@ -168,63 +121,42 @@ def evaluate(
         **{name: float(value) for name, value in costs.median().items()},
         "history": [
             {"label": int(label), "private": [float(x) for x in ours], "clear": [float(x) for x in theirs]}
-            for label, ours, theirs in zip(split.labels, logits, clear, strict=True)
+            for label, ours, theirs in zip(labels, logits, clear, strict=True)
         ],
     }
 
 
-def _drawn(dataset: datasets.Data, n: int) -> tuple[datasets.Split, torch.Tensor]:
-    """N test images without replacement, seed 0: as they are with their labels, and as the network reads them."""
+def drawn(dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """N test images without replacement, seed 0, as the network reads them, and their labels."""
     there = len(dataset.test.labels)
-    if not 1 <= n <= there:
+    if not whole(n) or not 1 <= n <= there:
         raise ValueError(f"n is {n}: the test split of {dataset.name} has {there} images, give 1 to {there}")
     chosen = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:n]
-    split = datasets.Split(dataset.test.images.cpu()[chosen], dataset.test.labels.cpu()[chosen])
-    return split, torch.cat([part for part, _ in datasets.batches(split, 256, dataset.mean, dataset.std)])
-
-
-def drift(run: DriftRun) -> dict:
-    """Metrics of a run: one row per module's result, as `Result.drift`, and what leaves its domain."""
-    model = runs.trained(runs.ensure(run.trained))
-    _, images = _drawn(runs.dataset(run.trained.data), run.n)
-    result = infer(model, images, run.protocol, run.provider, timeout=3600, bits=run.bits, drift=True)
-    return {
-        "layers": result.drift.to_dict("records"),
-        "logit_error": result.error,
-        "violations": result.violations,
-    }
+    return dataset.test.normalised(dataset.test.images.cpu()[chosen]), dataset.test.labels.cpu()[chosen]
 
 
 def _joined(done: dict, logits: torch.Tensor, operations: list[dict]) -> dict:
     """What was done before, and what was done now, its queries numbered on."""
     before = 1 + max((row["query"] for row in done["operations"]), default=-1)
     moved = [{**row, "query": row["query"] + before} for row in operations]
-    whole = torch.cat([done["logits"], logits]) if len(done["logits"]) else logits
-    return {**done, "logits": whole, "operations": done["operations"] + moved}
+    every = torch.cat([done["logits"], logits]) if len(done["logits"]) else logits
+    return {**done, "logits": every, "operations": done["operations"] + moved}
 
 
 def _hashed(model: nn.Module) -> str:
-    """Of a network's weights, by name."""
-    whole = hashlib.sha256()
+    """Of a network: its operations in order with their options, and its weights by name."""
+    found = hashlib.sha256(fingerprint(trace(model)).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        whole.update(name.encode() + tensor.cpu().double().numpy().tobytes())
-    return whole.hexdigest()[:16]
+        found.update(name.encode() + tensor.cpu().double().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _data_hashed(dataset) -> str:
+    """Of the test split that images are drawn from, as the network reads them."""
+    found = hashlib.sha256(dataset.test.images.cpu().numpy().tobytes() + dataset.test.labels.cpu().numpy().tobytes())
+    found.update(dataset.test.normalised(dataset.test.images[:1].cpu()).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _save(what: dict, path: Path) -> None:
-    records.write(path, lambda file: torch.save(what, file))
-
-
-def ensure(run: EvaluationRun, source: str = "local") -> dict:
-    """The record of an evaluation, study "encrypted"; trains and evaluates what is not there yet, where it left off."""
-    folder = records.folder() / "encrypted" / f"{records.key('encrypted', run)}.unfinished"
-
-    def measure(run: EvaluationRun) -> dict:
-        model = runs.trained(runs.ensure(run.trained))
-        label = f"{run.protocol}, {run.bits or 'its own'} bits"
-        data = runs.dataset(run.trained.data)
-        return evaluate(model, data, run.protocol, run.n, run.batch, run.provider, run.bits, folder, label)
-
-    record = records.ensure("encrypted", run, measure, source)
-    shutil.rmtree(folder, ignore_errors=True)
-    return record
+    workspace.write(path, lambda file: torch.save(what, file))

@@ -2,29 +2,28 @@
 
 import hashlib
 import time
-from types import ModuleType
+from typing import Any
 
-import crypten.communicator as comm
 import torch
 from torch import fx
 
-from ..graph import parameters_of
+from ..models.graph import parameters_of
+from .domains import Span, spans
+from .protocol import LIMIT, OPTIONS, Protocol, Traffic
 
-SERVER, CLIENT, DEALER = 0, 1, 2
 
-
-def unsupported(graph: fx.GraphModule, protocol: ModuleType) -> list[str]:
+def unsupported(graph: fx.GraphModule, protocol: Protocol) -> list[str]:
     """The operations of a graph for which a protocol table has no entry, each by name and place."""
     missing = []
     for node in graph.graph.nodes:
         if node.op == "call_module":
             module = graph.get_submodule(node.target)
             kind = type(module)
-            if kind not in protocol.MODULES:
+            if kind not in protocol.modules:
                 missing.append(f"{kind.__name__} ({node.target})")
-            elif kind in protocol.OPTIONS and not protocol.OPTIONS[kind](module):
+            elif kind in OPTIONS and not OPTIONS[kind](module):
                 missing.append(f"{module} ({node.target})")
-        elif node.op in ("call_function", "call_method") and node.target not in protocol.FUNCTIONS:
+        elif node.op in ("call_function", "call_method") and node.target not in protocol.functions:
             missing.append(f"{getattr(node.target, '__name__', node.target)} ({node.meta['layer']})")
     return missing
 
@@ -46,23 +45,22 @@ class SecretInterpreter(fx.Interpreter):
 
     Args:
         graph: the traced model; its weights may be on the meta device at the client.
-        protocol: a module with the tables `MODULES` and `FUNCTIONS`.
+        protocol: how each operation is computed.
         keep: keep this party's share of every activation of the last run in `kept`, by node.
     """
 
-    def __init__(self, graph: fx.GraphModule, protocol: ModuleType, keep: bool = False):
+    def __init__(self, graph: fx.GraphModule, protocol: Protocol, keep: bool = False):
         super().__init__(graph)
         self.protocol, self.keep = protocol, keep
         self.kept: dict[str, list] = {}
-        self.secrets: dict[str, object] = {}
+        self.secrets: dict[str, Any] = {}
         self.rows: list[dict] = []
-        self._mark = (0.0, 0, 0, 0)
+        self._mark = (0.0, Traffic(0, 0.0, 0.0))
         self._index = {node: i for i, node in enumerate(graph.graph.nodes)}
         self._recording = False
 
-    def share_weights(self) -> None:
-        """Turn the server's weights into secrets, in the protocol's way."""
-        rank = comm.get().get_rank()
+    def share_weights(self, rank: int) -> None:
+        """Turn the server's weights into secrets, in the protocol's way, at the party of this rank."""
         for name, tensor in sorted(self.module.state_dict().items()):
             self.secrets[name] = self.protocol.secret(name, tensor, rank)
 
@@ -75,49 +73,46 @@ class SecretInterpreter(fx.Interpreter):
 
     def start(self) -> None:
         """Begin counting: both parties are ready and the clock starts."""
-        comm.get().barrier()
-        comm.get().reset_communication_stats()
         self.rows = []
         self.protocol.reset()
-        self._mark = (time.perf_counter(), 0, 0, 0)
+        self._mark = (time.perf_counter(), Traffic(0, 0.0, 0.0))
 
     def count(self, layer: str, kind: str, offline: tuple[float, int] = (0.0, 0)) -> None:
         """Charge all that happened since the last call to one layer and kind, so that the rows add up to the whole.
 
         `offline` is the dealer's part: seconds, which are among all that happened, and bytes, which come on top.
         """
-        seconds, rounds, moved, serial = self._mark
-        stats = comm.get().get_communication_stats()
-        self._mark = (time.perf_counter(), stats["rounds"], stats["bytes"], self.protocol.serial_bytes(stats))
+        seconds, before = self._mark
+        self._mark = now, after = time.perf_counter(), self.protocol.traffic()
         self.rows.append(
             {
                 "layer": layer,
                 "kind": kind,
-                "seconds": self._mark[0] - seconds,
-                "rounds": int(self._mark[1] - rounds),
-                # CrypTen counts what a party sends and what it receives; openings are symmetric, so one way is half.
-                "bytes": int(self._mark[2] - moved) // 2,
-                "serial_bytes": int(self._mark[3] - serial),
+                "seconds": now - seconds,
+                "rounds": int(after.rounds - before.rounds),
+                "bytes": int(after.bytes - before.bytes),
+                "serial_bytes": int(after.serial - before.serial),
                 "offline_seconds": offline[0],
                 "offline_bytes": offline[1],
             }
         )
 
-    def agree_on_offline(self) -> None:
-        """Take the server's word for how long dealing took: under TFP it deals, and the client merely waits for it."""
-        seconds = torch.tensor([row["offline_seconds"] for row in self.rows], dtype=torch.float64)
-        if comm.get().get_rank() == SERVER:
-            comm.get().send(seconds, CLIENT)
-        else:
-            for row, value in zip(self.rows, comm.get().recv(seconds, SERVER).tolist(), strict=True):
-                row["offline_seconds"] = min(value, row["seconds"])
+    def tell_clocks(self, rank: int) -> None:
+        """Give the client the server's clock: seconds of every row, and how long dealing took.
+
+        Under TFP it is the server that deals, and the client merely waits for it. What the server computes when the
+        client has already sent shows in `server_seconds` alone.
+        """
+        ours = torch.tensor([[row["seconds"], row["offline_seconds"]] for row in self.rows], dtype=torch.float64)
+        for row, (seconds, offline) in zip(self.rows, self.protocol.to_client(ours, rank).tolist(), strict=True):
+            row["server_seconds"], row["offline_seconds"] = seconds, min(offline, row["seconds"])
 
     def run_node(self, node: fx.Node):
         """Run one node and charge it to its place in the network."""
         if self._recording:
             self.protocol.note(self._index[node])
             return super().run_node(node)
-        self.protocol.supply(self._index[node], node)
+        self.protocol.supply(self._index[node], str(node.target))
         result = super().run_node(node)
         if self.keep and node.op == "call_module" and (parts := self.protocol.parts(result)):
             self.kept[node.name] = parts
@@ -128,15 +123,17 @@ class SecretInterpreter(fx.Interpreter):
         """A leaf module, by the protocol of its type."""
         module = self.fetch_attr(target)
         secret = {name: self.secrets[f"{target}.{name}"] for name in parameters_of(module)}
-        return self.protocol.MODULES[type(module)](module, secret, *args, **kwargs)
+        result = self.protocol.modules[type(module)](module, secret, *args, **kwargs)
+        self.protocol.watch(result)
+        return result
 
     def call_function(self, target, args, kwargs):
         """A function, by the protocol's table."""
-        return self.protocol.FUNCTIONS[target](*args, **kwargs)
+        return self.protocol.functions[target](*args, **kwargs)
 
     def call_method(self, target, args, kwargs):
         """A method, by the protocol's table."""
-        return self.protocol.FUNCTIONS[target](*args, **kwargs)
+        return self.protocol.functions[target](*args, **kwargs)
 
     def get_attr(self, target, args, kwargs):
         """A parameter that the graph uses directly, such as the position embedding."""
@@ -150,22 +147,24 @@ class DomainInterpreter(fx.Interpreter):
 
     Args:
         graph: the traced model, with its weights.
-        protocol: a module with the table `DOMAINS`.
+        protocol: whose domains are watched.
     """
 
-    def __init__(self, graph: fx.GraphModule, protocol: ModuleType):
+    def __init__(self, graph: fx.GraphModule, protocol: Protocol):
         super().__init__(graph)
         self.protocol = protocol
         self.violations: list[str] = []
-        self.spans: dict[tuple[str, str], tuple] = {}
+        self.spans: dict[tuple[str, str], Span] = {}
 
     def call_module(self, target, args, kwargs):
         """A leaf module, its input checked first."""
         module = self.fetch_attr(target)
-        found = self.protocol.DOMAINS.get(type(module), lambda *_: [])(module, *args)
+        found = self.protocol.domains.get(type(module), lambda *_: [])(module, *args)
         for span in found:
             before = self.spans.setdefault((str(target), span.what), span)
             widest = span._replace(low=min(before.low, span.low), high=max(before.high, span.high))
             self.spans[str(target), span.what] = widest
-        self.violations += [f"{target}: {reason}" for span in found if (reason := span.outside)][:1]
-        return super().call_module(target, args, kwargs)
+        result = super().call_module(target, args, kwargs)
+        whole = found + spans("results", result, (-LIMIT, LIMIT))
+        self.violations += [f"{target}: {reason}" for span in whole if (reason := span.outside)][:1]
+        return result

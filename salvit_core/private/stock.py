@@ -11,17 +11,17 @@ Shapes are those of the clear operation. Letters: B batch, H heads, N tokens, K 
 import math
 import operator
 import time
-from typing import NamedTuple
+from collections.abc import Callable
 
-import crypten
-import crypten.communicator as comm
 import torch
-from crypten.mpc import MPCTensor
 from torch import nn
 
-from ..activations import LearnedQuad, Quad
-from ..attention.fused import Dropout
-from ..attention.operations import (
+from .. import compat
+from ..models.activations import LearnedQuad, Quad
+from ..models.attention.fused import Dropout
+from ..models.blocks import StochasticDepth
+from ..models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
+from ..models.operations import (
     Divide,
     Exponential,
     Gain,
@@ -37,9 +37,14 @@ from ..attention.operations import (
     TokenConv,
     TokenSum,
 )
-from ..cct import StochasticDepth
-from ..normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
-from .interpreter import CLIENT, SERVER
+from .domains import Span, spans
+from .links import Link
+from .protocol import CLIENT, LAYOUT, LINEAR, SERVER, Protocol, Traffic, identity
+
+compat.repair()  # before anything imports crypten
+import crypten  # noqa: E402
+import crypten.communicator as comm  # noqa: E402
+from crypten.mpc import MPCTensor  # noqa: E402
 
 # Where CrypTen's approximations hold to 1 %.
 RECIPROCAL = (2.0**-9, 24.0)  # ten Newton steps from 3 exp(1 - 2x) + 0.003
@@ -228,12 +233,7 @@ def pseudo_inverse(module: PseudoInverse, secret: Secrets, a: MPCTensor) -> MPCT
     return z
 
 
-def identity(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
-    """What does nothing at inference."""
-    return x
-
-
-MODULES = {
+MODULES: dict[type, Callable] = {
     nn.Linear: linear,
     nn.Conv2d: conv2d,
     MatMul: matmul,
@@ -269,15 +269,6 @@ MODULES = {
 }
 
 
-# Options of torch's modules that the protocols above do not know: such a module is refused, not run as another.
-OPTIONS = {
-    nn.Conv2d: lambda m: (m.groups, m.dilation, m.padding_mode, type(m.padding)) == (1, (1, 1), "zeros", tuple),
-    nn.MaxPool2d: lambda m: (m.dilation, m.ceil_mode, m.return_indices) == (1, False, False),
-    nn.GELU: lambda m: m.approximate == "none",
-    nn.LayerNorm: lambda m: len(m.normalized_shape) == 1,
-}
-
-
 def _on_share(x: MPCTensor, function, *args, **kwargs):
     """A function that only moves or adds numbers, applied to the share."""
     made = function(x.share, *args, **kwargs)
@@ -295,9 +286,7 @@ def _layout(name: str):
     return lambda x, *args, **kwargs: _on_share(x, getattr(torch.Tensor, name), *args, **kwargs)
 
 
-LAYOUT = ("flatten", "unflatten", "reshape", "transpose", "permute", "unbind", "squeeze", "unsqueeze")
-
-FUNCTIONS = {
+FUNCTIONS: dict[object, Callable] = {
     **{name: _layout(name) for name in LAYOUT},
     operator.add: operator.add,
     operator.sub: operator.sub,
@@ -310,132 +299,7 @@ FUNCTIONS = {
 }
 
 
-# What the interpreter asks of a table of protocols
-
-
-def rewrite(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph as it is."""
-    return graph
-
-
-_dealing = [0.0]  # seconds in the provider since `supply`
-
-
-def secret(name: str, tensor: torch.Tensor, rank: int) -> MPCTensor:
-    """A weight as shares. No bytes travel: the server masks it with shared randomness."""
-    return crypten.cryptensor(tensor if rank == SERVER else torch.empty(tensor.shape), src=SERVER)
-
-
-def prepare(network, shape: tuple, rank: int, options) -> None:
-    """Time the provider; CrypTen makes its triples when they are needed, so there is nothing to prepare.
-
-    Args:
-        network: the interpreter.
-        shape: of a query's images.
-        rank: of this party.
-        options: the party's command line.
-    """
-    if options.link is not None:
-        link = options.link
-        for name in ("all_reduce", "recv"):  # what CrypTen opens values with, and the logits' way
-            setattr(comm.get(), name, _delayed(getattr(comm.get(), name), link))
-    source = crypten.mpc.get_default_provider()
-    for name in ("generate_additive_triple", "square", "generate_binary_triple", "wrap_rng", "B2A_rng"):
-        setattr(source, name, _timed(getattr(source, name)))
-
-
-def _delayed(function, link):
-    def call(tensor, *args, **kwargs):
-        received = function(tensor, *args, **kwargs)
-        parts = tensor if isinstance(tensor, (list, tuple)) else [tensor]
-        link.wait(sum(part.nelement() * 8 for part in parts))
-        return received
-
-    return call
-
-
-def _timed(function):
-    def call(*args, **kwargs):
-        start = time.perf_counter()
-        made = function(*args, **kwargs)
-        _dealing[0] += time.perf_counter() - start
-        return made
-
-    return call
-
-
-def reset() -> None:
-    """Nothing is counted beside what CrypTen counts."""
-
-
-def serial_bytes(stats: dict) -> float:
-    """Bytes that follow one another on the way: one way, since every exchange goes both ways at once."""
-    return stats["bytes"] / 2
-
-
-def violations() -> list[str]:
-    """Stock checks nothing on shares."""
-    return []
-
-
-def parts(value) -> list[tuple] | None:
-    """This party's share of an activation with its fractional bits, as a list of factors."""
-    return [(value.share, crypten.cfg.encoder.precision_bits)] if isinstance(value, MPCTensor) else None
-
-
-def supply(index: int, node) -> None:
-    """Nothing is dealt ahead: the provider's clock starts anew."""
-    _dealing[0] = 0.0
-
-
-def supplied() -> tuple[float, int]:
-    """Seconds in the provider since `supply`, and no bytes: CrypTen counts the dealer's with the others."""
-    return _dealing[0], 0
-
-
-def share_images(images: torch.Tensor | None, shape: tuple) -> MPCTensor:
-    """The client's images as shares, without a byte sent: both parties draw the mask from a common seed."""
-    return crypten.cryptensor(torch.empty(shape) if images is None else images, src=CLIENT)
-
-
-def reveal_to_client(logits: MPCTensor) -> torch.Tensor | None:
-    """The logits, at the client alone. Not a reduce: gloo's would let the server add up, and so learn, part of them."""
-    if comm.get().get_rank() == SERVER:
-        return comm.get().send(logits.share, CLIENT)
-    return logits.encoder.decode(logits.share + comm.get().recv(logits.share, SERVER))
-
-
 # What leaves its domain
-
-
-class Span(NamedTuple):
-    """What values were seen at one place, and the closed interval that its protocol covers."""
-
-    what: str
-    low: float
-    high: float
-    least: float
-    most: float
-
-    @property
-    def outside(self) -> str | None:
-        """How the values leave the interval, in words, or None."""
-        if self.least <= self.low and self.high <= self.most:
-            return None
-        return f"{self.what} {self.low:.3g} to {self.high:.3g} outside [{self.least:.3g}, {self.most:.3g}]"
-
-    @property
-    def margin(self) -> float:
-        """By which factor values could still grow, or shrink towards zero where that is a bound; below 1 outside."""
-        up = self.most / self.high if self.high > 0 else math.inf
-        if self.least > 0:
-            return min(up, self.low / self.least)
-        return min(up, self.least / self.low) if self.low < 0 else up
-
-
-def spans(what: str, values: torch.Tensor, domain: tuple[float, float]) -> list[Span]:
-    """The one span of some values."""
-    return [Span(what, values.min().item(), values.max().item(), *domain)]
 
 
 def _softmax_domain(module: Softmax, scores: torch.Tensor) -> list[Span]:
@@ -480,7 +344,7 @@ def _exponential_domain(module: Exponential, a: torch.Tensor) -> list[Span]:
     return spans("exponents", a, EXPONENT)
 
 
-DOMAINS = {
+DOMAINS: dict[type, Callable[..., list[Span]]] = {
     Softmax: _softmax_domain,
     TwoQuad: _two_quad_domain,
     TwoReLU: _two_relu_domain,
@@ -493,3 +357,111 @@ DOMAINS = {
     NewtonInverse: lambda m, a: spans("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
     PseudoInverse: lambda m, a: spans("reciprocals of column sums", a.sum(-2).amax(-1), RECIPROCAL),
 }
+
+
+# CrypTen compares exactly, whatever the numbers.
+EVERYWHERE = LINEAR | {nn.ReLU, nn.MaxPool2d}
+
+
+def _delayed(function: Callable, link: Link) -> Callable:
+    def call(tensor, *args, **kwargs):
+        received = function(tensor, *args, **kwargs)
+        parts = tensor if isinstance(tensor, (list, tuple)) else [tensor]
+        link.wait(sum(part.nelement() * 8 for part in parts))
+        return received
+
+    return call
+
+
+class Stock(Protocol):
+    """CrypTen's functions as they are shipped."""
+
+    name, bits = "stock", crypten.cfg.encoder.precision_bits
+    modules, functions, domains, everywhere = MODULES, FUNCTIONS, DOMAINS, EVERYWHERE
+
+    def __init__(self):
+        self.dealing = 0.0  # seconds in the provider since `supply`
+        self.dealt = 0  # bytes of corrections since `supply`
+
+    def secret(self, name: str, tensor: torch.Tensor, rank: int) -> MPCTensor:
+        """A weight as shares. No bytes travel: the server masks it with shared randomness."""
+        return crypten.cryptensor(tensor if rank == SERVER else torch.empty(tensor.shape), src=SERVER)
+
+    def prepare(self, network, shape: tuple, queries: int, rank: int, options, peers) -> None:
+        """Time the provider; CrypTen makes its triples when they are needed, so there is nothing to prepare.
+
+        Args:
+            network: the interpreter.
+            shape: of a query's images.
+            queries: how many there will be.
+            rank: of this party.
+            options: the party's command line.
+            peers: nobody; the parties met in CrypTen's process group.
+        """
+        if options.link is not None:
+            link = options.link
+            for name in ("all_reduce", "recv"):  # what CrypTen opens values with, and the logits' way
+                setattr(comm.get(), name, _delayed(getattr(comm.get(), name), link))
+        source = crypten.mpc.get_default_provider()
+        for name in ("generate_additive_triple", "square", "generate_binary_triple", "wrap_rng", "B2A_rng"):
+            setattr(source, name, self._timed(getattr(source, name)))
+
+    def reset(self) -> None:
+        """A query begins, once both parties are here."""
+        comm.get().barrier()
+        comm.get().reset_communication_stats()
+
+    def traffic(self) -> Traffic:
+        """Of this query so far. CrypTen counts what a party sends and receives; exchanges go both ways at once."""
+        stats = comm.get().get_communication_stats()
+        return Traffic(stats["rounds"], stats["bytes"] / 2, stats["bytes"] / 2)
+
+    def to_client(self, numbers: torch.Tensor, rank: int) -> torch.Tensor:
+        """The server's numbers at the client."""
+        if rank == SERVER:
+            comm.get().send(numbers, CLIENT)
+            return numbers
+        return comm.get().recv(torch.empty_like(numbers), SERVER)
+
+    def leave(self) -> None:
+        """Part from the other party, once both are done."""
+        comm.get().barrier()
+        crypten.uninit()
+
+    def parts(self, value) -> list[tuple] | None:
+        """This party's share of an activation with its fractional bits, as a list of factors."""
+        return [(value.share, crypten.cfg.encoder.precision_bits)] if isinstance(value, MPCTensor) else None
+
+    def supply(self, index: int, place: str) -> None:
+        """Nothing is dealt ahead: the provider's clock and its count start anew."""
+        self.dealing, self.dealt = 0.0, 0
+
+    def supplied(self) -> tuple[float, int]:
+        """Seconds in the provider since `supply`, and the bytes that a third party sends, or would send."""
+        return self.dealing, self.dealt
+
+    def share_images(self, images: torch.Tensor | None, shape: tuple) -> MPCTensor:
+        """The client's images as shares, without a byte sent: both parties draw the mask from a common seed."""
+        return crypten.cryptensor(torch.empty(shape) if images is None else images, src=CLIENT)
+
+    def reveal_to_client(self, logits: MPCTensor) -> torch.Tensor | None:
+        """The logits, at the client alone. Not a reduce: gloo's would let the server add up a part of them."""
+        self.supply(-1, "answer")
+        if comm.get().get_rank() == SERVER:
+            return comm.get().send(logits.share, CLIENT)
+        return logits.encoder.decode(logits.share + comm.get().recv(logits.share, SERVER))
+
+    def _timed(self, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            made = function(*args, **kwargs)
+            self.dealing += time.perf_counter() - start
+            # All but one tensor are random at both parties, from seeds that they share with the dealer. The last has
+            # the size of the one that travels, from the dealer to the server alone (TTPServer).
+            self.dealt += 8 * made[-1].nelement()
+            return made
+
+        return call
+
+
+PROTOCOL = Stock()

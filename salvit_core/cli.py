@@ -1,0 +1,289 @@
+"""The command line: salvit study, train, search, infer, estimate, evaluate, calibrate, evidence, party, migrate.
+
+Each command is a frozen dataclass, whose fields are its options, and a function of it.
+"""
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from . import datasets, workspace
+from .models.config import config_of, preset
+from .models.vit import build
+from .options import parsed
+from .training.checkpoint import load_weights
+
+COMMANDS = {
+    "study": "run the notebooks headless: figures, tables, records",
+    "train": "train one network",
+    "search": "selective attention search: SAS-L, SAS-H, as released",
+    "infer": "run a network on secret shares, two parties on this machine",
+    "estimate": "what a private inference will cost, from shapes alone",
+    "evaluate": "encrypted accuracy beside the clear",
+    "calibrate": "measure this machine, so that estimate can model seconds",
+    "evidence": "the campaign of trainings behind the study's claims, for hours",
+    "party": "play one party of a private inference across machines",
+    "migrate": "move a folder of records to the present names",
+}
+# Where a command is that a room of its own offers; imported when it is asked for: not everybody has what it needs.
+_HOMES = {
+    "study": ("experiments.study", "Study"),
+    "evidence": ("experiments.evidence", "Evidence"),
+    "calibrate": ("experiments.calibration", "Command"),
+    "train": ("training.__main__", "Command"),
+    "search": ("search.__main__", "Command"),
+}
+
+
+@dataclass(frozen=True)
+class Infer:
+    """Run a network on secret shares: each party a process of its own on this machine."""
+
+    run: Path | None = None
+    """Folder that `salvit train` or `salvit search` wrote: its network and weights."""
+    preset: str = "cct_7_3x1"
+    """Without --run: a preset's name, with random weights, for what it costs."""
+    method: str = "SAL-ViT B=3"
+    """Without --run: row of the tables, such as "SA softmax" or "SAL-ViT B=3"."""
+    data: str | None = None
+    """Data set whose test images are sent. Default: that of --run; random images without it."""
+    root: Path | None = None
+    """Folder of the data sets. Default: data/ in the workspace."""
+    n: int = 1
+    """Images."""
+    batch: int | None = None
+    """Images in a query. Default: all in one."""
+    protocol: str = "tuned"
+    """"tuned", this project's, or "stock", CrypTen's own functions."""
+    provider: str = "TFP"
+    """Who makes the correlated randomness: "TFP", the server itself (for measuring only), or "TTP", a third process."""
+    reveal: str = "logits"
+    """What the client may learn: "logits" or, with "tuned", the "label" alone."""
+    timeout: float = 600.0
+    """Seconds for everything."""
+    out: Path | None = None
+    """File for logits and costs as JSON."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a network will cost on secret shares, from its shapes: nothing is run."""
+
+    preset: str = "cct_7_3x1"
+    """A preset's name."""
+    row: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "SAL-ViT B=3"
+    """Row of the tables, such as "SA softmax" or "SAL-ViT B=3"."""
+    protocol: str = "tuned"
+    """"tuned", this project's, or "stock", CrypTen's own functions."""
+    provider: str = "TFP"
+    """Who makes the correlated randomness, as in `salvit infer`; the rounds and bytes are the same with both."""
+    link: str | None = None
+    """Name of a link, such as "WAN (Cheetah)". Default: loopback."""
+    batch: int = 1
+    """Images in the query."""
+    reveal: str = "logits"
+    """What the client may learn: "logits" or, with "tuned", the "label" alone."""
+    out: Path | None = None
+    """File for the table by layer and kind as JSON."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Infer):
+    """Encrypted accuracy of a trained network, beside its accuracy in the clear."""
+
+    n: int = 256
+    """Test images, drawn with seed 0."""
+    batch: int | None = 8
+    """Images in a query."""
+
+
+@dataclass(frozen=True)
+class Migrate:
+    """Move a folder of records to the present names and keys; their numbers stay as they are."""
+
+    folder: tyro.conf.Positional[Path]
+    """Such as data/reference or data/runs."""
+
+
+def subject(command: Infer) -> tuple[torch.nn.Module, datasets.Data | None]:
+    """The network of a command, and its data set if it has one.
+
+    Raises:
+        ValueError: a folder that holds no run, an unknown name.
+        OSError: a file that cannot be read.
+    """
+    name = command.data
+    if command.run is not None:
+        result = command.run / "result.json"
+        if not result.is_file():
+            raise ValueError(f"run {command.run} holds no result.json: give a folder that salvit train or search wrote")
+        try:
+            said = json.loads(workspace.readable(result).read_text())
+            config, name = config_of(said["config"]), name or said["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{result} is no result of salvit train or search ({reason}): train again") from error
+    elif name is not None:
+        config = preset(command.preset, command.method)
+    if name is None:
+        torch.manual_seed(0)
+        return build(preset(command.preset, command.method)).eval(), None
+    data = datasets.load(name, command.root or workspace.ROOT / "data")
+    _, channels, _, side = data.test.images.shape
+    shape = {"image": side, "channels": channels, "classes": data.classes}
+    torch.manual_seed(0)
+    model = build(config if command.run is not None else preset(command.preset, command.method, **shape)).eval()
+    if command.run is not None:
+        load_weights(model, command.run / "weights.pt")
+    return model, data
+
+
+def infer(command: Infer) -> None:
+    """`salvit infer`: prints the costs by kind of operation, and each image's class on shares and in the clear."""
+    private = importlib.import_module(".private", __package__)
+    model, data = subject(command)
+    if data is None:
+        config = model.config
+        images = torch.randn(command.n, config.channels, config.image, config.image)
+    else:
+        images = data.test.normalised(data.test.images[: command.n].cpu())
+    result = private.infer(
+        model,
+        images,
+        command.protocol,
+        command.provider,
+        timeout=command.timeout,
+        batch=command.batch,
+        reveal=command.reveal,
+    )
+    table = result.operations.groupby("kind", observed=True, sort=False)[["seconds", "rounds", "bytes"]].sum()
+    table.loc["total"] = table.sum()
+    print(table.astype({"rounds": int, "bytes": int}).round(3).to_string())
+    with torch.no_grad():
+        clear = model(images).argmax(1).tolist()
+    print(f"class on shares {result.labels.tolist()}, in the clear {clear}")
+    print(f"largest error of a logit {result.error:.2g}, least margin of two logits {result.margin:.2g}")
+    print(f"provider {result.provider}, protocol {result.protocol}, the dealer's bytes {result.dealer_bytes}")
+    logits = None if result.logits is None else result.logits.tolist()
+    rows = result.operations.to_dict("records")
+    _write(command.out, {"labels": result.labels.tolist(), "logits": logits, "operations": rows})
+
+
+def estimate(command: Estimate) -> None:
+    """`salvit estimate`: prints the table by kind of operation, and which of its numbers are exact."""
+    private = importlib.import_module(".private", __package__)
+    if command.link is not None and command.link not in private.LINKS:
+        raise ValueError(f"link {command.link!r} is unknown: choose from {', '.join(private.LINKS)}")
+    link = None if command.link is None else private.LINKS[command.link]
+    config = preset(command.preset, command.row)
+    speed = None
+    if command.protocol == "tuned":
+        with contextlib.suppress(ImportError):  # without the packages of the notebooks there are no records
+            speed = importlib.import_module(".experiments.calibration", __package__).speed()
+    with torch.device("meta"):
+        model = build(config)
+    shape = (command.batch, config.channels, config.image, config.image)
+    found = private.estimate(model, shape, command.protocol, command.provider, link, reveal=command.reveal, speed=speed)
+    names = [name for name in ("rounds", "bytes", "offline_bytes", "seconds") if name in found.operations]
+    table = found.operations.groupby("kind", observed=True, sort=False)[names].sum()
+    table.loc["total"] = table.sum()
+    table = table.astype({name: int for name in names if name != "seconds"}).round(3)
+    print(table.rename(columns={"offline_bytes": "dealer's bytes"}).to_string())
+    print(f"rounds and bytes, one way: exact; {command.batch} images in a query, protocol {command.protocol}")
+    if speed is not None:
+        print(f"seconds on {command.link or 'loopback'}: modelled, from this machine's calibration")
+    else:
+        why = "this machine is not calibrated: salvit calibrate" if command.protocol == "tuned" else "of tuned only"
+        print(f"seconds: not modelled, {why}")
+    if link is not None:
+        added = link.seconds(found.rounds, found.operations["serial_bytes"].sum())
+        print(f"{command.link} adds {added:.3g} s to the time on loopback: modelled, from rounds and bytes")
+    _write(command.out, {"operations": found.operations.to_dict("records")})
+
+
+def evaluate(command: Evaluate) -> None:
+    """`salvit evaluate`: prints accuracy and agreement."""
+    private = importlib.import_module(".private", __package__)
+    model, data = subject(command)
+    if data is None:
+        raise ValueError("evaluate needs a trained network and images: give --run, or --data")
+    if command.out is not None:
+        workspace.try_out(command.out)
+    found = private.evaluate(
+        model, data, command.protocol, command.n, batch=command.batch or command.n, provider=command.provider
+    )
+    said = {
+        name: found[name] for name in ("images", "clear_accuracy", "private_accuracy", "agreement", "largest_error")
+    }
+    print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in said.items()))
+    _write(command.out, found)
+
+
+def migrate(command: Migrate) -> None:
+    """`salvit migrate`: says how many records moved."""
+    room = importlib.import_module(".experiments.migrate", __package__)
+    if not command.folder.is_dir():
+        raise ValueError(f"folder {command.folder} is not there: give one of records, such as data/reference")
+    print(f"{len(room.migrate(command.folder))} records moved in {command.folder}")
+
+
+def _write(path: Path | None, content: dict) -> None:
+    if path is not None:
+        workspace.write_json(path, content, default=str)
+
+
+_HERE: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "infer": (Infer, infer),
+    "estimate": (Estimate, estimate),
+    "evaluate": (Evaluate, evaluate),
+    "migrate": (Migrate, migrate),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; an error is one line on standard error and status 1, a wrong option status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--workspace"]:
+        workspace.ROOT, words = Path(words[1]).resolve() if len(words) > 1 else workspace.ROOT, words[2:]
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+        print("\n".join(["usage: salvit [--workspace FOLDER] COMMAND [OPTIONS]", "", *lines, ""]))
+        print("salvit COMMAND --help tells its options. The workspace holds data/ and figures/.")
+        return
+    name, options = words[0], words[1:]
+    if name not in COMMANDS:
+        sys.exit(f"error: command {name!r} is unknown: choose from {', '.join(COMMANDS)}")
+    if name == "party":
+        return importlib.import_module(".private.parties.party", __package__).main(options)
+    try:
+        status = _run(name, options)
+    except ImportError as error:
+        sys.exit(
+            f"error: {name} needs {error.name}, which is not installed: pip install 'salvit-core[private,notebooks]'"
+        )
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if isinstance(status, int) and status:
+        sys.exit(min(status, 100))
+
+
+def _run(name: str, options: list[str]) -> Any:
+    if name in _HERE:
+        kind, function = _HERE[name]
+    else:
+        home, what = _HOMES[name]
+        module = importlib.import_module(f".{home}", __package__)
+        kind, function = getattr(module, what), module.run
+    return function(parsed(kind, f"salvit {name}", options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""Accuracy of trained networks, as tables: the ablations of L2Q, searches and their rivals, ours beside the paper's."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from ..models import cost
+from ..models.cct import CCT
+from ..models.config import CCTConfig, TransformerConfig, config_of, preset
+from ..models.rows import ROWS
+from ..private.links import Link
+from . import latency
+from .profiles import Profile
+from .runs import PrivateRun, SearchRun, TrainRun
+
+# The variants of one network whose normaliser differs (Figures 7 and 8).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softmax": dict(normalizer="softmax"),
+    "2Quad": dict(normalizer="2quad"),
+    "L2Q global": dict(normalizer="l2q", l2q_granularity="global"),
+    "L2Q head-wise": dict(normalizer="l2q", l2q_granularity="head"),
+    "L2Q element-wise": dict(normalizer="l2q"),
+    "L2Q, C only": dict(normalizer="l2q", l2q_learn_d=False),
+    "L2Q, D only": dict(normalizer="l2q", l2q_learn_c=False),
+}
+FIGURE_7 = ("softmax", "2Quad", "L2Q global", "L2Q head-wise", "L2Q element-wise")
+FIGURE_8 = ("softmax", "2Quad", "L2Q, C only", "L2Q, D only", "L2Q element-wise")
+
+Training = TrainRun | SearchRun
+Plan = dict[str, Training]  # everything that is trained on one data set, by the name it has in the tables
+
+
+# The ablations of L2Q
+
+
+def ablations(size: Profile, sets: Iterable[str], seed: int = 0) -> dict[TrainRun, tuple[str, str, int]]:
+    """What notebook 02 trains: run to (data set, variant, seed)."""
+    return {
+        size.training(data, size.config(data, **changes), seed=seed + s): (data, variant, s)
+        for data in sets
+        for s in range(size.seeds)
+        for variant, changes in VARIANTS.items()
+    }
+
+
+def ablation_table(plan: Mapping[TrainRun, tuple[str, str, int]], found: Mapping[TrainRun, dict]) -> pd.DataFrame:
+    """One row per training on record: dataset, variant (a category), seed, accuracy (%), parameters."""
+    rows = [
+        (*plan[run], record["metrics"]["test_accuracy"], record["metrics"]["parameters"])
+        for run, record in found.items()
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "variant", "seed", "accuracy", "parameters"])
+    return table.assign(variant=pd.Categorical(table["variant"], list(VARIANTS)))
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Per data set and variant: mean accuracy, lowest, highest, how many seeds, parameters."""
+    groups = table.astype({"variant": str}).groupby(["dataset", "variant"], sort=False)
+    return groups.agg(
+        accuracy=("accuracy", "mean"),
+        low=("accuracy", "min"),
+        high=("accuracy", "max"),
+        seeds=("accuracy", "size"),
+        parameters=("parameters", "first"),
+    )
+
+
+def variant_runs(shape: str, queries: int, protocol: str, seed: int = 0) -> dict[PrivateRun, str]:
+    """Private inferences of each variant of a preset, to the variant's name."""
+    return {
+        PrivateRun(preset(shape, attention="self", **changes), protocol, query=query, seed=seed): variant
+        for query in range(queries)
+        for variant, changes in VARIANTS.items()
+    }
+
+
+def variant_costs(asked: Mapping[PrivateRun, str], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
+    """Operations of the variants that are on record, as `latency.operations`, in the order of the variants."""
+    order = list(VARIANTS)
+    kept = sorted(found, key=lambda run: (order.index(asked[run]), run.query))
+    return latency.operations({run: found[run] for run in kept}, {run: asked[run] for run in kept})
+
+
+def cost_of_learning(rows: pd.DataFrame, mean: pd.Series, data: str) -> pd.DataFrame:
+    """What each variant costs in private, its normalisers' part, and the accuracy it has on a data set."""
+    table = latency.totals(rows, baseline="softmax")
+    table = table[["queries", "seconds", "low", "high", "rounds", "megabytes", "offline_megabytes", "ratio"]]
+    part = rows[rows["kind"] == "normaliser"].groupby(["method", "query"], observed=True)[["seconds", "bytes"]].sum()
+    part = part.groupby("method", observed=True).median()
+    table = table.assign(normaliser_seconds=part["seconds"], normaliser_mb=part["bytes"] / 1e6)
+    return table.set_axis(table.index.astype(str)).rename_axis("method").join(mean.rename(f"accuracy {data}"))
+
+
+def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFrame, seeds: int) -> str:
+    """Markdown: the order of the variants, and what learning C and D costs.
+
+    Args:
+        table: `summary`.
+        cost: `cost_of_learning` with stock.
+        tuned: operations of the variants with tuned; may be empty.
+        seeds: how many seeds each variant has.
+    """
+    mean, lines = table["accuracy"].unstack(0), []
+    for data in mean:
+        order = mean[data].dropna().sort_values(ascending=False)
+        within = (table.loc[data, "high"] - table.loc[data, "low"]).max()
+        spread = (
+            f"Seeds of one variant lie up to {within:.2f} points apart: smaller differences say nothing."
+            if seeds > 1
+            else "One seed each: how far seeds alone move these numbers was not measured."
+        )
+        lines.append(f"- **{data}**: {', '.join(f'{name} {value:.2f}' for name, value in order.items())}. {spread}")
+    if {"L2Q element-wise", "2Quad", "L2Q, C only"} <= set(cost.index):
+        mb, rounds = cost["normaliser_mb"], cost["rounds"]
+        lines.append(
+            "- **With `stock`, element-wise L2Q is not free**: its normalisers move "
+            f"{mb['L2Q element-wise']:.0f} MB one way, 2Quad's {mb['2Quad']:.0f}; "
+            f"{rounds['L2Q element-wise'] - rounds['2Quad']} rounds more. All of it is $D$, a product of two secrets. "
+            f"$C$ is an addition, local: C only moves {mb['L2Q, C only']:.0f} MB."
+        )
+    if "L2Q element-wise" in set(tuned.get("method", ())):
+        told = [
+            f"{variant} {line['megabytes']:.1f} MB in {line['rounds']:.0f} rounds, {line['seconds']:.1f} s"
+            for variant, line in latency.totals(tuned, baseline="2Quad").iterrows()
+        ]
+        lines.append(
+            f"- **With `tuned`** the whole network has: {', '.join(told)}. There the server, which knows C and D, "
+            "multiplies by them without a message: element-wise learning is as free as the paper says."
+        )
+    return "\n".join(lines)
+
+
+# Searches and their rivals
+
+
+def budgets(size: Profile, data: str) -> list[int]:
+    """The paper's budgets that a profile's network has layers for."""
+    return [b for b in (1, 2, 3) if b < size.config(data).layers]
+
+
+def middle(size: Profile, data: str) -> int:
+    """The budget that stands for all where one is enough."""
+    known = budgets(size, data)
+    return known[len(known) // 2]
+
+
+def plan(size: Profile, data: str, seed: int = 0) -> Plan:
+    """Everything that notebook 03 trains on one data set."""
+    long, b_middle = size.name in ("short", "paper"), middle(size, data)
+    names = ("SA softmax", "SA 2Quad", "SA L2Q", "SA scaling", "EA softmax", "EA L2Q")
+    base: Plan = {name: size.training(data, size.config(data, name), seed=seed) for name in names}
+    distil = dict(teacher=base["SA softmax"], distill_logits=1.0)
+    base["SA 2Quad (KD)"] = size.training(data, size.config(data, "SA 2Quad"), seed=seed, **distil)
+    l2q = size.config(data, "SA L2Q")
+    for b in budgets(size, data):
+        base[f"SAS-L B={b}"] = size.search(data, l2q, b, seed)
+        base[f"SAS-L-WC B={b}"] = size.search(data, l2q, b, seed, rule="bottom")
+        base[f"random B={b}"] = size.search(data, l2q, b, seed, rule="random")
+        base[f"SAS-H B={b}"] = size.search(data, l2q, b * l2q.heads, seed, granularity="head")
+    for b in range(1, l2q.layers) if long else ():  # up to B = L, which is SA L2Q
+        base.setdefault(f"SAS-L B={b}", size.search(data, l2q, b, seed))
+    for b in budgets(size, data) if long else [b_middle]:
+        base[f"SAS-L B={b} (KD)"] = size.search(data, l2q, b, seed, **distil)  # type: ignore[arg-type]
+    base[f"no L1 B={b_middle}"] = size.search(data, l2q, b_middle, seed, weight=0.0)
+    base[f"released B={b_middle}"] = size.search(data, l2q, b_middle, seed, released=True)
+    for name in ("softmax", "2Quad", "2ReLU"):
+        base[f"SAS-L {name} B={b_middle}"] = size.search(data, size.config(data, f"SA {name}"), b_middle, seed)
+    return base
+
+
+def results(plans: Mapping[str, Plan], found: Mapping[Training, dict]) -> pd.DataFrame:
+    """One row per training on record: dataset, method, accuracy (%), config, record, parameters, flops."""
+    rows = []
+    for data, each in plans.items():
+        for name, run in each.items():
+            if run not in found:
+                continue
+            metrics, fields = found[run]["metrics"], dataclasses.asdict(run.network)
+            config = config_of(fields | ({"attention": a} if (a := metrics.get("architecture")) else {}))
+            model = CCT(config)  # type: ignore[arg-type]  # this notebook's networks are CCTs
+            line = {"dataset": data, "method": name, "accuracy": metrics["test_accuracy"], "config": config}
+            size = {"parameters": cost.parameters(model), "flops": cost.flops(model)}
+            rows.append({**line, "record": found[run], **size})
+    return pd.DataFrame(rows)
+
+
+def architectures(table: pd.DataFrame, data: str) -> dict[str, list[int]]:
+    """What each search by layers gave self-attention: method to layers, from 1."""
+    searches = table[(table["dataset"] == data) & table["method"].str.match("(SAS-L B|no L1|released)")]
+    return {
+        line["method"]: [i for i, kind in enumerate(line["record"]["metrics"]["architecture"], 1) if kind == "self"]
+        for _, line in searches.iterrows()
+    }
+
+
+def paths(table: pd.DataFrame, data: str, searches: Mapping[str, str]) -> pd.DataFrame:
+    """Alpha by epoch and layer of some searches, before the first epoch 0.1.
+
+    Args:
+        table: `results`.
+        data: of one data set.
+        searches: method to its title.
+
+    Returns:
+        columns search, layer, epoch, alpha.
+    """
+    rows = []
+    for name, title in searches.items():
+        for record in table.loc[(table["dataset"] == data) & (table["method"] == name), "record"]:
+            trajectory = record["metrics"]["trajectory"]
+            for epoch, alphas in enumerate([[0.1] * len(trajectory[0]), *trajectory]):
+                rows += [(title, layer, epoch, alpha) for layer, alpha in enumerate(alphas, 1)]
+    return pd.DataFrame(rows, columns=["search", "layer", "epoch", "alpha"])
+
+
+def table_6(table: pd.DataFrame, data: str, known: Iterable[int]) -> pd.DataFrame:
+    """Accuracy by search and budget, ours beside the paper's (4-head networks of 7 or 9 layers)."""
+    paper = latency.paper(6)
+    mine = table.query("dataset == @data").set_index("method")["accuracy"]
+    compared = data if data in set(paper["dataset"]) else "cifar10"
+    rows = []
+    for b in known:
+        for search in ("SAS-L", "SAS-L-WC", "random", "SAS-H"):
+            theirs = paper.query("dataset == @compared and search == @search and heads_self == 4 * @b")
+            said = theirs["accuracy_percent"].iloc[0] if len(theirs) else None
+            ours = mine.get(f"{search} B={b}")
+            rows.append(dict(dataset=data, B=b, search=search, accuracy=ours, paper=said, paper_data=compared))
+    return pd.DataFrame(rows)
+
+
+# Private latency of what was trained
+
+
+def measured_as(config: CCTConfig) -> CCTConfig:
+    """The network whose latency stands for all with as many layers of each kind: which ones does not matter to it."""
+    return dataclasses.replace(config, attention=tuple(sorted(config.attention, reverse=True, key=str)))
+
+
+def private_runs(table: pd.DataFrame, queries: int, seed: int = 0) -> list[PrivateRun]:
+    """Private inferences of each distinct architecture that figures draw; heads of their own are left out."""
+    shown = table.loc[~table["method"].str.startswith("SAS-H"), "config"]
+    return [
+        PrivateRun(config, protocol, query=query, seed=seed)
+        for query in range(queries)
+        for protocol in ("stock", "tuned")
+        for config in dict.fromkeys(map(measured_as, shown))
+    ]
+
+
+COSTS = ("seconds", "rounds", "bytes")
+
+
+def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
+    """`results` with the median cost of a query with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
+
+    Columns of a protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
+    """
+    timed: dict[tuple[str, object], list[dict]] = {}
+    for run, record in found.items():
+        facts = latency.costs(record) | {"faithful": float(record["metrics"]["faithful"])}
+        timed.setdefault((run.protocol, run.network), []).append(facts)
+    table = table.copy()
+    for protocol, prefix, names in (("stock", "", COSTS), ("tuned", "tuned_", (*COSTS, "faithful"))):
+        if not any(each == protocol for each, _ in timed):
+            continue
+        for name in names:
+            values = [[one[name] for one in timed.get((protocol, measured_as(c)), [])] for c in table["config"]]
+            table[f"{prefix}{name}"] = [pd.Series(each).median() if each else None for each in values]
+    return table
+
+
+def cost_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that `with_costs` added."""
+    every = [*COSTS, *(f"tuned_{name}" for name in (*COSTS, "faithful"))]
+    return [name for name in every if name in table]
+
+
+_SERIES = ["SAL-ViT", *ROWS, *(f"{name} (KD)" for name in ("SA 2Quad", "SAL-ViT", "MPCViT")), "MPCViT"]
+
+
+def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFrame:
+    """Ours on one data set, for a figure: single attentions, distilled ones, and SAL-ViT joined along the budget."""
+    part = table.query("dataset == @data").dropna(subset=[seconds])
+    part = part[part["method"].str.match(r"(SA |EA |SAS-L B=)")]
+    series = part["method"].str.replace(r"SAS-L B=\d", "SAL-ViT", regex=True)
+    method = part["method"].str.replace("SAS-L ", "")
+    return part.assign(x=part[seconds], series=pd.Categorical(series, _SERIES), method=method)
+
+
+def panels(table: pd.DataFrame, data: str) -> dict[str, pd.DataFrame]:
+    """Ours on one data set by protocol, of those that were run."""
+    columns = {f"ours, {data}, stock": "seconds", f"ours, {data}, tuned": "tuned_seconds"}
+    made = {title: panel(table, data, column) for title, column in columns.items() if column in table}
+    return {title: each for title, each in made.items() if len(each)}
+
+
+def paper_panel(data: str) -> pd.DataFrame:
+    """The paper's Table 4 on one data set, under the same names."""
+    part = latency.paper(4).query("dataset == @data").copy()
+    distilled = part["distilled"].map({True: " (KD)", False: ""})
+    series = part["method"].str.replace(r" B=\d", "", regex=True) + distilled
+    method = part["method"].str.replace("SAL-ViT ", "").mask(distilled != "", series)
+    values = {"x": part["latency_s"], "accuracy": part["accuracy_percent"], "method": method}
+    return part.assign(**values, series=pd.Categorical(series, _SERIES))
+
+
+def figure_6(table: pd.DataFrame, data: str, b: int, seconds: str) -> pd.DataFrame:
+    """SAS-L at one budget with each normaliser."""
+    names = {f"SAS-L {n} B={b}": n for n in ("softmax", "2Quad", "2ReLU")} | {f"SAS-L B={b}": "L2Q"}
+    part = table[(table["dataset"] == data) & table["method"].isin(list(names))].dropna(subset=[seconds])
+    series = pd.Categorical(part["method"].map(names), list(names.values()))
+    return part.assign(method=part["method"].map(names), series=series, x=part[seconds])
+
+
+def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
+    """What each search chose at a budget, with accuracy and private latency. S is self-attention, E external."""
+    names = [f"{search} B={b}" for search in ("SAS-L", "SAS-L-WC", "random", "SAS-H")]
+    part = table[(table["dataset"] == data) & table["method"].isin(names)]
+    letters = [
+        " ".join("".join(kind[0].upper() for kind in ([e] if isinstance(e, str) else e)) for e in config.attention)
+        for config in part["config"]
+    ]
+    part = part.assign(architecture=letters).set_index("method")
+    return part[["architecture", "accuracy", *cost_columns(table), "parameters"]].round(2)
+
+
+def best(table: pd.DataFrame, column: str) -> list[str]:
+    """The rows that no other beats in both accuracy and a cost; `table` is indexed by method."""
+    return [
+        name
+        for name, one in table.iterrows()
+        if not ((table[column] < one[column]) & (table["accuracy"] >= one["accuracy"])).any()
+        and not ((table[column] <= one[column]) & (table["accuracy"] > one["accuracy"])).any()
+    ]
+
+
+def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, queries: int) -> str:
+    """Markdown: the search against its rivals, and which networks nothing beats, with each protocol."""
+    part = table.query("dataset == @data").set_index("method")
+    mine, lines = part["accuracy"], []
+    for other in ("SAS-L-WC", "random", "SAS-H"):
+        pairs = [each for each in known if {f"SAS-L B={each}", f"{other} B={each}"} <= set(mine.index)]
+        gaps = {each: mine[f"SAS-L B={each}"] - mine[f"{other} B={each}"] for each in pairs}
+        if gaps:
+            told = ", ".join(f"{gap:+.2f} points at B = {each}" for each, gap in gaps.items())
+            claim = " In the paper SAS-L is ahead at every budget." if other == "SAS-L-WC" else ""
+            lines.append(f"- **SAS-L against {other}**: {told}.{claim}")
+    if {"SA softmax", "EA L2Q"} <= set(mine.index):
+        lines.append(f"- **What SA is worth**: SA softmax {mine['SA softmax']:.2f} %, EA L2Q {mine['EA L2Q']:.2f} %.")
+    drawn = part[~part.index.str.startswith("SAS-H") & ~part.index.str.contains(r"\(KD\)")]
+    for column, protocol in (("seconds", "stock"), ("tuned_seconds", "tuned")):
+        if column not in part:
+            continue
+        line = drawn.dropna(subset=[column])
+        order = line.loc[best(line, column)].sort_values(column)
+        told = ", ".join(f"{name} ({one[column]:.2f} s, {one['accuracy']:.2f} %)" for name, one in order.iterrows())
+        lines.append(f"- **With `{protocol}`**, no network is both faster and more accurate than: {told}.")
+        if {"SA softmax", f"SAS-L B={b}"} <= set(line.index):
+            ratio = line[column][f"SAS-L B={b}"] / line[column]["SA softmax"]
+            gap = mine[f"SAS-L B={b}"] - mine["SA softmax"]
+            lines.append(f"  SAL-ViT at B = {b} takes {ratio:.2f} of SA softmax's latency, for {gap:+.2f} points.")
+    if "tuned_faithful" in part:
+        wrong = table.loc[table["tuned_faithful"].lt(1), "method"].tolist()
+        lines.append(
+            "- **Right answers**: with `tuned` "
+            + (f"all but {', '.join(wrong)}" if wrong else "all")
+            + " stay in the protocols' range and give the clear network's logits. Latencies are medians of "
+            f"{queries}: small differences are the machine's."
+        )
+    lines.append(
+        "- One seed each. Where notebook 02 ran several, its spread is what seeds alone do at this scale: "
+        "differences within it are no evidence for or against the search."
+    )
+    return "\n".join(lines)
+
+
+# More than two choices
+
+
+CHOICES = {
+    "self": "SA L2Q",
+    "external": "EA L2Q",
+    "scaling": "SA scaling",
+    "linformer": "Linformer L2Q",
+    "cosformer": "CosFormer",
+    "dilated": "Dilated L2Q",
+}
+ATTENTION_KINDS = ("projection", "scores", "normaliser", "values")
+FEW_CHOICES = ("self", "external", "scaling", "linformer")
+
+
+def prices(networks: Mapping[str, TransformerConfig], link: Link) -> dict[str, float]:
+    """What one layer of each mechanism's attention takes on a link with `tuned`, in seconds.
+
+    Modelled from its rounds and bytes, which are exact: the same on every machine. The parties' computing is not in it.
+
+    Args:
+        networks: mechanism to a network that has it in every layer.
+        link: between the parties.
+    """
+    made = {}
+    for name, config in networks.items():
+        steps = latency.estimated({name: config})
+        inside = steps["layer"].str.startswith("block") & steps["kind"].isin(ATTENTION_KINDS)
+        cost = steps.loc[inside, ["rounds", "serial_bytes"]].sum() / config.layers
+        made[name] = round(link.seconds(cost["rounds"], cost["serial_bytes"]), 4)
+    return made
+
+
+def choice_table(record: dict, known: Mapping[str, float]) -> pd.DataFrame:
+    """|alpha| by layer and mechanism, the mechanisms' prices in ms, and what was chosen."""
+    searched = record["metrics"]
+    table = pd.DataFrame(searched["alphas"], columns=list(known)).abs()
+    table.index = pd.Index([f"layer {i}" for i in range(1, len(table) + 1)], name="layer")
+    table.loc["price (ms)"] = [1e3 * price for price in known.values()]
+    return table.assign(chosen=[*searched["architecture"], ""])
+
+
+def choice_panel(table: pd.DataFrame, data: str, record: dict, seconds: float, count: int) -> pd.DataFrame:
+    """SAL-ViT by budget, and what the search among `count` mechanisms found, for a figure."""
+    rivals = table[(table["dataset"] == data) & table["method"].str.match(r"SAS-L B=\d$")]
+    rivals = rivals.dropna(subset=["tuned_seconds"])
+    name = f"any of {count}"
+    points = rivals.assign(x=rivals["tuned_seconds"], series="SA or EA", method=rivals["method"].str[6:])
+    points = points[["x", "accuracy", "series", "method"]]
+    points.loc[len(table)] = [seconds, record["metrics"]["test_accuracy"], name, name]
+    return points

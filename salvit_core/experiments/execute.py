@@ -1,0 +1,423 @@
+"""How every kind of run is measured, once, and how several are done together.
+
+found = collect(runs)            # run -> record; what is missing is measured
+found = collect(runs, "reference")   # the project's own records, those that exist; nothing is written or deleted
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from joblib.externals import loky
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import datasets, workspace
+from ..models import cost
+from ..models.config import config_of
+from ..models.vit import build
+from ..search import priced, released, sas
+from ..training.checkpoint import digest, load_weights
+from ..training.evaluation import evaluate as accuracy_of
+from ..training.loop import train
+from . import learned, store
+from .runs import (
+    SHAPES,
+    CalibrationRun,
+    ClearRun,
+    DriftRun,
+    EvaluationRun,
+    LearnedRun,
+    PrivateRun,
+    Run,
+    SearchRun,
+    TrainRun,
+)
+
+RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
+MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class Found(dict[AnyRun, dict]):
+    """Records by run, in the order asked for; `absent` has the runs that are not on record."""
+
+    def __init__(self, asked: Iterable[AnyRun], found: dict[AnyRun, dict]):
+        asked = list(dict.fromkeys(asked))
+        super().__init__((run, found[run]) for run in asked if run in found)
+        self.absent = [run for run in asked if run not in found]
+
+    def said(self) -> str:
+        """One line that names what is not on record; "" where all is."""
+        if not self.absent:
+            return ""
+        names = "; ".join(run.label() for run in self.absent[:6]) + ("; ..." if len(self.absent) > 6 else "")
+        return f"Not on record here, so in no table or figure below: {len(self.absent)} runs ({names})."
+
+
+def collect(
+    runs: Iterable[AnyRun], source: str = "local", label: str = "runs", minutes: float | None = None
+) -> Found[AnyRun]:
+    """The records of several runs.
+
+    Args:
+        runs: any kinds; equal ones are one.
+        source: "local": what is missing is measured now, trainings several at a time; "reference": the project's own
+            records, of which those that exist are read and nothing else is done.
+        label: of the progress bar.
+        minutes: for trainings alone, how long at most: they stop then, and only what is on record is given. Each goes
+            on from its last whole epoch when it is asked for again.
+
+    Raises:
+        ValueError: unknown source, or a file that is no record.
+    """
+    asked = list(dict.fromkeys(runs))
+    if source == "local":
+        if not _train_together(asked, label, minutes):
+            return recorded(asked)
+        return Found(asked, {run: ensure(run) for run in tqdm(asked, desc=label)})
+    return recorded(asked, source)
+
+
+def recorded(runs: Iterable[AnyRun], source: str = "local") -> Found[AnyRun]:
+    """The records of those runs that are on record; nothing is measured."""
+    asked = list(dict.fromkeys(runs))
+    read = {run: store.find(run, source) for run in asked}
+    return Found(asked, {run: record for run, record in read.items() if record is not None})
+
+
+def ensure(run: Run, source: str = "local") -> dict:
+    """The record of one run: measured if it is not there; of the project's own records, it must be.
+
+    Raises:
+        FileNotFoundError: a reference record that does not exist.
+        ValueError: a record that is of another run, or of other weights than those that its training has now.
+    """
+    if source != "local":
+        if (record := store.find(run, source)) is not None:
+            return record
+        raise FileNotFoundError(f'no {source} record {store.path(run, source)}: run with records = "local"')
+    record = store.ensure(run, _MEASURES[type(run)])
+    _refuse_other_weights(run, record)
+    # Only now that the record is written may its checkpoint go. A search keeps its first phase: others share it.
+    shutil.rmtree(_unfinished(run), ignore_errors=True)
+    return record
+
+
+def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
+    """The trained network of a run, in evaluation mode on the CPU; trained now if there is no local record.
+
+    Raises:
+        FileNotFoundError: its weights are not here: the project's own records keep those of a few runs only.
+        ValueError: weights that are truncated, of another network, or not those that the record was measured with.
+    """
+    record = ensure(run, source)
+    path = store.path(run, source, ".pt")
+    if not path.exists():
+        there = store.path(run, source)
+        how = f"delete {there} to train it again" if source == "local" else 'train it here with records = "local"'
+        raise FileNotFoundError(f"no weights {path} for this record: {how}")
+    config = run.network
+    if "architecture" in record["metrics"]:
+        config = config_of({**dataclasses.asdict(config), "attention": record["metrics"]["architecture"]})
+    model = build(config)
+    load_weights(model, path)
+    if record["metrics"].get("weights", found := digest(*model.state_dict().values())) != found:
+        raise ValueError(f"the weights {path} are not those of its record: delete {store.path(run, source)} and them")
+    return model.eval()
+
+
+def _refuse_other_weights(run: Run, record: dict) -> None:
+    """What was measured of a training that was done again since is of other weights; older records do not say."""
+    if not isinstance(run, LearnedRun | EvaluationRun | DriftRun):
+        return
+    training = store.find(run.trained)
+    now = training and training["metrics"].get("weights")
+    if now and record["metrics"].get("weights", now) != now:
+        raise ValueError(
+            f"record {store.path(run)} is of other weights than {store.path(run.trained, ending='.pt')}: "
+            "delete it to run it again"
+        )
+
+
+# Data sets
+
+
+@functools.lru_cache(maxsize=4)
+def dataset(name: str, images: int = 0) -> datasets.Data:
+    """A data set from data/, on the GPU where there is one, with at most `images` training images (0: all).
+
+    Where training images are left out, a quarter of their number is kept to validate. The validation split is drawn
+    with seed 0 whatever the run's seed is, so that all runs see the same images.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image = SHAPES[name][0] if name in RESIZED else None
+    found = datasets.load(name, workspace.ROOT / "data", device, image=image)
+    if images and images < len(found.train.labels):
+        # The training images are in the order of the data set; take a random part, the same for all runs.
+        kept = torch.randperm(len(found.train.labels), generator=torch.Generator().manual_seed(0))[:images]
+        split = dataclasses.replace(found.train, images=found.train.images[kept], labels=found.train.labels[kept])
+        held, part = found.validation, slice(-(-images // 4))
+        validation = dataclasses.replace(held, images=held.images[part], labels=held.labels[part])
+        found = dataclasses.replace(found, train=split, validation=validation)
+    return found
+
+
+def resolve(name: str) -> str:
+    """The data set that "auto" stands for on this machine; any other name is itself."""
+    return dataset(name).name if name == "auto" else name
+
+
+# Several trainings at a time
+
+
+def _train_together(asked: list, label: str, minutes: float | None = None) -> bool:
+    """Do the trainings that are missing, several at a time with a part of the processor's threads each.
+
+    Two networks of this study's size train 1.5 times as fast side by side, a thread each, as one after the other with
+    two; on a GPU one computes while another waits for its Python. They start in the order asked for, but those that
+    wait for another: pupils for their teacher, and of the searches that share a first phase all for the first.
+
+    Returns:
+        whether there was time for all that is asked.
+
+    Raises:
+        Exception: what stopped the first of those that were stopped; the others are done before it is said.
+    """
+    trainings = [run for run in asked if isinstance(run, TrainRun | SearchRun)]
+    with_teachers = dict.fromkeys(one for run in trainings for one in (run.teacher, run) if one)
+    missing = [run for run in with_teachers if store.find(run) is None]
+    workers = min(os.cpu_count() or 1, MOST_TOGETHER, len(missing))
+    if not missing or (workers < 2 and minutes is None):
+        return True
+    leaders = {run.first_phase(): run for run in reversed(missing) if isinstance(run, SearchRun)}
+
+    def waits(run: TrainRun | SearchRun) -> bool:
+        leader = leaders[run.first_phase()] if isinstance(run, SearchRun) else run
+        return run.teacher in unfinished or (leader != run and leader in unfinished)
+
+    unfinished, left, running = set(missing), list(missing), dict[Future, TrainRun | SearchRun]()
+    failures: list[BaseException] = []
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    pool = loky.ProcessPoolExecutor(workers, env=dict.fromkeys(names, threads))
+    try:
+        with tqdm(total=len(missing), desc=label) as bar:
+            while unfinished:
+                ready = [run for run in left if not waits(run)][: workers - len(running)]
+                left = [run for run in left if run not in ready]
+                running |= {pool.submit(_in_a_worker, run, workspace.ROOT, os.getpid()): run for run in ready}
+                patience = None if end is None else max(0.0, end - time.monotonic())
+                done, _ = wait(running, patience, FIRST_COMPLETED)
+                if not done:
+                    break  # what runs has a checkpoint of its last whole epoch
+                for each in done:
+                    unfinished.remove(running.pop(each))
+                    failures += [error] if (error := each.exception()) else []
+                    bar.update()
+    finally:
+        pool.shutdown(kill_workers=True)
+    if failures:
+        raise failures[0]
+    return not unfinished
+
+
+def _in_a_worker(run: Run, root: Path, parent: int) -> None:
+    """Train, and end with the process that asked for it, however that ends: checkpoints stay, as if it had trained."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            if done.wait(1.0):
+                return
+        os._exit(1)
+
+    done = threading.Event()
+    threading.Thread(target=follow, daemon=True).start()
+    workspace.ROOT = root
+    try:
+        ensure(run)
+    finally:
+        done.set()
+
+
+# One measurement each
+
+
+def _unfinished(run: Run) -> Path:
+    """Where checkpoints of a run lie until it is on record."""
+    return store.path(run, ending=".unfinished")
+
+
+def _save_weights(run: TrainRun | SearchRun, model: nn.Module) -> dict:
+    """Write them beside the record; what the record says of them."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    workspace.write(store.path(run, ending=".pt"), lambda file: torch.save(weights, file))
+    return _weights(model)
+
+
+def _weights(model: nn.Module) -> dict:
+    return {"weights": digest(*model.state_dict().values())}
+
+
+def _teacher(run: TrainRun | SearchRun) -> nn.Module | None:
+    return trained(run.teacher) if run.teacher else None
+
+
+def _metrics(result: dict) -> dict:
+    """`train`'s result without what the record's config says already, and how many threads it had."""
+    kept = {name: value for name, value in result.items() if name not in ("config", "recipe", "data")}
+    return {**kept, "threads": torch.get_num_threads()}
+
+
+def _train(run: TrainRun) -> dict:
+    teacher = _teacher(run)
+    torch.manual_seed(run.seed)
+    model = build(run.network)
+    checkpoint = _unfinished(run) / "checkpoint.pt"
+    result = train(model, dataset(run.data, run.images), run.recipe, teacher, checkpoint=checkpoint)
+    return _metrics(result) | _save_weights(run, model)
+
+
+_SEARCHES: dict[type, Callable] = {
+    sas.Search: sas.search,
+    released.ReleasedSearch: released.search,
+    priced.PricedSearch: priced.search,
+}
+
+
+def _search(run: SearchRun) -> dict:
+    folder = store.path(run.first_phase(), ending=".phases")
+    search = _SEARCHES[type(run.search)]
+    found = search(run.search, dataset(run.data, run.images), _teacher(run), folder)
+    found |= _save_weights(run, found.pop("network"))
+    finetune = _metrics(found.pop("finetune"))
+    history = finetune.pop("history")
+    return {**finetune, **found, "history": history}
+
+
+def _learned(run: LearnedRun) -> dict:
+    model, data = trained(run.trained), dataset(run.trained.data)
+    images, _ = next(datasets.batches(data.test, run.images))
+    device = data.test.images.device
+
+    def accuracy(network: nn.Module) -> float:
+        return accuracy_of(network.to(device), data.test)["accuracy"]
+
+    resets = [
+        {"replaced": name, "mean over": over, "accuracy": accuracy(learned.reset(model, name, over))}
+        for name in ("c", "d", "both")
+        for over in ("head", "layer")
+    ]
+    return {
+        "spread": learned.spread(model).to_dict("records"),
+        "distance": learned.attention_distance(model, images.cpu()).to_dict("records"),
+        "resets": resets,
+        "accuracy": accuracy(model),
+        **_weights(model),
+    }
+
+
+def _clear(run: ClearRun) -> dict:
+    model, shape = subject(run)
+    images = torch.randn(max(run.batches), *shape)
+    return {
+        "parameters": cost.parameters(model),
+        "flops": cost.flops(model, "torch", images[:1]),
+        "memory": cost.peak_memory(model, images[:1]),
+        "seconds": {str(batch): cost.latency(model, images[:batch], run.repeats) for batch in run.batches},
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Alone(nn.Module):
+    """One attention as a network: tokens stand where images do, (B, 1, N, M)."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(tokens.squeeze(1))
+
+
+def subject(run: ClearRun | PrivateRun) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network of a run, or its first attention alone, with the shape of one input."""
+    torch.manual_seed(run.seed)
+    model: nn.Module = build(run.network)
+    if not run.alone:
+        return model.eval(), (run.network.channels, run.network.image, run.network.image)
+    attention = model.blocks[0].attention  # type: ignore[union-attr,index]  # a CCT's or a ViT's
+    shape = (run.network.tokens, run.network.width)
+    return (attention.eval(), shape) if isinstance(run, ClearRun) else (_Alone(attention).eval(), (1, *shape))
+
+
+def _private(run: PrivateRun) -> dict:
+    from ..private.parties.launch import infer  # CrypTen, which a machine that only trains lacks
+
+    model, shape = subject(run)
+    torch.manual_seed(run.seed + 1 + run.query)
+    images = torch.randn(run.queries * run.batch, *shape)
+    result = infer(model, images, run.protocol, run.provider, run.link, timeout=3600, batch=run.batch)
+    return {
+        "faithful": result.faithful,
+        "logit_error": result.error,
+        "margin": result.margin,
+        "doubt": result.doubt,
+        "violations": result.violations,
+        "setup_seconds": result.setup,
+        "threads": result.threads,
+        "operations": result.queries.astype({"kind": str}).to_dict("records"),
+    }
+
+
+def _evaluate(run: EvaluationRun) -> dict:
+    from ..private.evaluation import evaluate
+
+    model, data = trained(run.trained), dataset(run.trained.data)
+    label = f"{run.protocol}, {run.bits or 'its own'} bits"
+    found = evaluate(model, data, run.protocol, run.n, run.batch, run.provider, run.bits, _unfinished(run), label)
+    return found | _weights(model)
+
+
+def _calibrate(run: CalibrationRun) -> dict:
+    from .calibration import measure
+
+    return measure(run)
+
+
+def _drift(run: DriftRun) -> dict:
+    from ..private.evaluation import drawn
+    from ..private.parties.launch import infer
+
+    images, _ = drawn(dataset(run.trained.data), run.n)
+    model = trained(run.trained)
+    result = infer(model, images, run.protocol, run.provider, timeout=3600, bits=run.bits, drift=True)
+    assert result.drift is not None  # asked for
+    return {
+        "layers": result.drift.to_dict("records"),
+        "logit_error": result.error,
+        "violations": result.violations,
+        **_weights(model),
+    }
+
+
+_MEASURES: dict[type, Callable[[Any], dict]] = {
+    TrainRun: _train,
+    SearchRun: _search,
+    LearnedRun: _learned,
+    ClearRun: _clear,
+    PrivateRun: _private,
+    CalibrationRun: _calibrate,
+    EvaluationRun: _evaluate,
+    DriftRun: _drift,
+}

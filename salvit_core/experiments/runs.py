@@ -1,0 +1,389 @@
+"""Every kind of run as plain data: what fixes it, what it is called, and how it is read back from a record.
+
+How each is measured is in `execute`.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..fields import Checked, Count, CountOrNone, Seed
+from ..models.config import PRESETS, CCTConfig, TransformerConfig, config_of, preset
+from ..models.rows import ROWS
+from ..private.links import Link
+from ..search.priced import PricedSearch
+from ..search.released import ReleasedSearch
+from ..search.sas import Search
+from ..training.recipe import Recipe
+
+# Side in pixels (Tiny-ImageNet and ImageNet resized as in the paper, ImageNet's parts for a laptop), channels and
+# classes: what fixes a network, so that records can be looked up where the images are not.
+SHAPES = {
+    "digits": (8, 1, 10),
+    "fashion_mnist": (28, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "tiny_imagenet": (224, 3, 200),
+    "imagenet": (224, 3, 1000),
+    "imagenet100": (64, 3, 100),
+    "imagenette": (64, 3, 10),
+}
+
+
+def network(name: str, data: str, method: str | None = None, **changes) -> TransformerConfig:
+    """A preset with the image size, channels and classes of a data set; the rest as in `preset`.
+
+    Raises:
+        ValueError: a data set without a shape here, such as "auto": resolve it first.
+    """
+    if data not in SHAPES:
+        raise ValueError(f"data {data!r} has no known shape: choose from {', '.join(SHAPES)}")
+    image, channels, classes = SHAPES[data]
+    return preset(name, method, image=image, channels=channels, classes=classes, **changes)
+
+
+@dataclass(frozen=True)
+class TrainRun(Checked):
+    """One network trained from scratch.
+
+    Attributes:
+        data: a data set's name; "auto" is resolved before a run is made (`execute.resolve`).
+        network: the architecture, of the data set's image size, channels and classes.
+        recipe: how it is trained; its seed is also that of the initial weights.
+        images: use only this many training images, and a quarter as many to validate (0: all); the test images stay.
+        teacher: the run to distil from, if the recipe distils.
+    """
+
+    study: ClassVar[str] = "training"
+
+    data: str
+    network: TransformerConfig
+    recipe: Recipe
+    images: CountOrNone = 0
+    teacher: "TrainRun | None" = None
+
+    @property
+    def seed(self) -> int:
+        """Of initial weights, batches, augmentation and dropout."""
+        return self.recipe.seed
+
+    def label(self) -> str:
+        """Data set, network, epochs, seed."""
+        parts = [name for name in ("logits", "features") if getattr(self.recipe, f"distill_{name}")]
+        taught = f" distilled {' '.join(parts)}" if self.teacher else ""
+        return f"{self.data} {of_network(self.network)}{taught} {self.recipe.epochs} epochs seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class SearchRun(Checked):
+    """One search from the mixture to the fine-tuned network: selective, as released, or among priced mechanisms.
+
+    Attributes:
+        data: as in `TrainRun`.
+        search: what is searched, and how.
+        images: as in `TrainRun`.
+        teacher: the run to distil from in fine-tuning, if its recipe distils.
+    """
+
+    study: ClassVar[str] = "search"
+
+    data: str
+    search: Search | ReleasedSearch | PricedSearch
+    images: CountOrNone = 0
+    teacher: TrainRun | None = None
+
+    @property
+    def network(self) -> CCTConfig:
+        """The architecture, whose attention is searched."""
+        return self.search.network
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in both phases."""
+        return self.search.seed
+
+    def first_phase(self) -> "SearchRun":
+        """What searches that differ in budget, rule or fine-tuning have in common: they share their first phase."""
+        same = dataclasses.replace(self.search, budget=0, finetune=self.search.first)
+        if isinstance(same, Search):
+            same = dataclasses.replace(same, rule="top")
+        return dataclasses.replace(self, search=same, teacher=None)
+
+    def label(self) -> str:
+        """Data set, kind of search, budget, rule, epochs, seed."""
+        search = self.search
+        kind, rule = "priced", ""
+        if isinstance(search, Search):
+            kind = ("released " if isinstance(search, ReleasedSearch) else "") + f"sas-{search.granularity[0]}"
+            rule = f" {search.rule if isinstance(search.rule, str) else 'given'}"
+            rule += "" if search.weight == Search.weight else f" lambda {search.weight:g}"
+        epochs = f"{search.first.epochs} and {search.finetune.epochs} epochs"
+        taught = " distilled" if self.teacher else ""
+        return (
+            f"{self.data} {kind} {search.network.normalizer} b {search.budget}{rule}{taught} {epochs} seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class LearnedRun(Checked):
+    """What one trained L2Q network learnt (`learned`): read off its weights and the test images.
+
+    Attributes:
+        trained: the run that trained it.
+        images: test images over which attention distances are averaged.
+    """
+
+    study: ClassVar[str] = "learned"
+
+    trained: TrainRun
+    images: Count = 64
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+    def label(self) -> str:
+        """That of the training."""
+        return self.trained.label()
+
+
+@dataclass(frozen=True)
+class ClearRun(Checked):
+    """What one network with random weights costs in the clear, on this machine's processor (`cost`).
+
+    Attributes:
+        network: the architecture.
+        batches: images at a time whose latency is measured.
+        repeats: forward passes per batch size, after some to warm up.
+        alone: only the attention of the first layer, on random tokens.
+        seed: of the weights and of the images.
+    """
+
+    study: ClassVar[str] = "clear"
+
+    network: TransformerConfig
+    batches: tuple[Count, ...] = (1, 64)
+    repeats: Count = 10
+    alone: bool = False
+    seed: Seed = 0
+
+    def label(self) -> str:
+        """The network, or its attention."""
+        return f"{of_network(self.network)}{' attention alone' if self.alone else ''}"
+
+
+@dataclass(frozen=True)
+class PrivateRun(Checked):
+    """Equal queries of random images to one network with random weights, in one session of two parties.
+
+    Costs need no training: they depend on shapes, not on values. The parties start once and the weights are masked
+    once, so that a session of several queries costs little more than one.
+
+    Attributes:
+        network: the architecture.
+        protocol: as in `private.infer`.
+        provider: as in `private.infer`.
+        query: which of several equal sessions this is; they differ in the images and in the machine's noise.
+        queries: how many queries.
+        batch: images in a query.
+        link: emulated connection; None for the bare loopback.
+        alone: only the attention of the first layer, on random tokens in place of images.
+        seed: of the weights and, with `query`, of the images.
+    """
+
+    study: ClassVar[str] = "private"
+
+    network: TransformerConfig
+    protocol: str = "tuned"
+    provider: str = "TFP"
+    query: CountOrNone = 0
+    queries: Count = 1
+    batch: Count = 1
+    link: Link | None = None
+    alone: bool = False
+    seed: Seed = 0
+
+    def label(self) -> str:
+        """The network, and what is not usual about the session."""
+        words = [of_network(self.network), self.protocol, self.provider]
+        words += ["attention alone"] if self.alone else []
+        words += [f"{self.queries} queries"] if self.queries > 1 else [f"query {self.query}"]
+        words += [f"batch {self.batch}"] if self.batch > 1 else []
+        words += [f"link {1e3 * self.link.rtt:g} ms"] if self.link else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class CalibrationRun(Checked):
+    """What a unit of `tuned`'s work takes on one machine (`calibration`).
+
+    Attributes:
+        networks: that are run.
+        queries: of each, one image each, in one session; the median counts.
+        processor: of the machine.
+        cores: of the machine.
+        seed: of weights and images.
+    """
+
+    study: ClassVar[str] = "calibration"
+
+    networks: tuple[TransformerConfig, ...]
+    queries: Count
+    processor: str
+    cores: Count
+    seed: Seed = 0
+
+    def label(self) -> str:
+        """The machine, and how much is run."""
+        return f"{self.processor} {self.cores} cores {len(self.networks)} networks {self.queries} queries"
+
+
+@dataclass(frozen=True)
+class EvaluationRun(Checked):
+    """One trained network evaluated on shares.
+
+    Attributes:
+        trained: the run that trained it.
+        n: test images.
+        batch: images in a query.
+        protocol: as in `private.infer`.
+        provider: as in `private.infer`.
+        bits: as in `private.infer`.
+    """
+
+    study: ClassVar[str] = "encrypted"
+
+    trained: TrainRun | SearchRun
+    n: Count = 256
+    batch: Count = 8
+    protocol: str = "tuned"
+    provider: str = "TFP"
+    bits: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+    def label(self) -> str:
+        """The training, the protocol, how many images."""
+        bits = "" if self.bits is None else f" {self.bits} bits"
+        return f"{self.trained.label()} {self.protocol}{bits} {self.n} images"
+
+
+@dataclass(frozen=True)
+class DriftRun(Checked):
+    """How far the shares of one trained network's activations are from the clear ones, layer by layer.
+
+    Attributes:
+        trained: the run that trained it.
+        n: test images, all in one query.
+        protocol: as in `private.infer`.
+        provider: as in `private.infer`.
+        bits: as in `private.infer`.
+    """
+
+    study: ClassVar[str] = "drift"
+
+    trained: TrainRun | SearchRun
+    n: Count = 4
+    protocol: str = "tuned"
+    provider: str = "TFP"
+    bits: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.trained.seed
+
+    def label(self) -> str:
+        """The training, the protocol, how many images."""
+        return f"{self.trained.label()} {self.protocol} {self.n} images"
+
+
+Run = TrainRun | SearchRun | LearnedRun | ClearRun | PrivateRun | CalibrationRun | EvaluationRun | DriftRun
+RUNS = {
+    each.study: each
+    for each in (TrainRun, SearchRun, LearnedRun, ClearRun, PrivateRun, CalibrationRun, EvaluationRun, DriftRun)
+}
+
+
+# Names of networks
+
+
+@functools.cache
+def _named() -> dict[TransformerConfig, tuple[str, str]]:
+    named: dict[TransformerConfig, tuple[str, str]] = {}
+    for name, fields in PRESETS.items():
+        layers = fields.get("layers", TransformerConfig.layers)
+        for method, choice in ROWS.items():
+            # On a network of B layers SAL-ViT at budget B is plain self-attention: the first name stays.
+            budget = choice["attention"]
+            if not isinstance(budget, int) or budget <= layers:
+                named.setdefault(preset(name, method), (name, method))
+    return named
+
+
+def name_of(config: TransformerConfig) -> tuple[str, str] | None:
+    """Preset and method of a network, or None where it is no preset with a method of the tables."""
+    return _named().get(config)
+
+
+def of_network(config: TransformerConfig) -> str:
+    """What a person would call a network: preset and method, or its kind, size and attention."""
+    if found := name_of(config):
+        return " ".join(found)
+    kind = "cct" if isinstance(config, CCTConfig) else "vit"
+    names = dict.fromkeys(name if isinstance(name, str) else "heads" for name in config.attention)
+    attention = "-".join(names)
+    if set(config.attention) == {"self", "external"}:
+        attention = "".join(str(name)[0] for name in config.attention)
+    return f"{kind} {config.layers}x{config.width} {config.image}px {attention} {config.normalizer}"
+
+
+# From a record back to its run
+
+
+def run_of(record: dict) -> Run:
+    """The run that a record is of, from its study and config.
+
+    Raises:
+        ValueError: a study or a config that no kind of run has.
+    """
+    study, config = record["study"], record["config"]
+    if study not in RUNS:
+        raise ValueError(f"study {study!r} is unknown: choose from {', '.join(RUNS)}")
+    try:
+        return _read(RUNS[study], config)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"the config of record {record['key']} is of no {RUNS[study].__name__}: {error}") from error
+
+
+def _read(kind: type, fields: dict) -> Any:
+    """A run from its fields as JSON has them: nested dictionaries, lists for tuples."""
+    read = {
+        "network": config_of,
+        "networks": lambda f: tuple(config_of(each) for each in f),
+        "recipe": lambda f: Recipe(**f),
+        "first": lambda f: Recipe(**f),
+        "finetune": lambda f: Recipe(**f),
+        "teacher": lambda f: f and _read(TrainRun, f),
+        "trained": lambda f: _read(SearchRun if "search" in f else TrainRun, f),
+        "search": _search,
+        "link": lambda f: f and Link(**f),
+    }
+    return kind(**{name: read.get(name, _tuples)(value) for name, value in fields.items()})
+
+
+def _search(fields: dict) -> Search | ReleasedSearch | PricedSearch:
+    if "prices" in fields:
+        return _read(PricedSearch, fields)
+    fields = dict(fields)
+    released = fields["first"]["decay_all"] and fields["finetune"]["decay_all"]
+    return _read(ReleasedSearch if released else Search, fields)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

@@ -1,0 +1,73 @@
+"""Matrices and attention maps as pictures."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from .style import STYLE, WIDTH, write_note
+
+
+def heat_maps(matrices: dict[str, np.ndarray], note: str = "") -> Figure:
+    """Matrices side by side, each with its own scale, from its least to its largest value.
+
+    Args:
+        matrices: title to a matrix (N, K).
+        note: what is shown.
+
+    Raises:
+        ValueError: no matrix, or an empty one.
+    """
+    _refuse_empty({f"matrix {title!r}": matrix for title, matrix in matrices.items()})
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(matrices), figsize=(WIDTH, 0.6 + WIDTH / max(2, len(matrices))), squeeze=False, layout="constrained"
+        )
+        for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+            shown = axis.imshow(matrix, cmap="cividis", aspect="auto", interpolation="nearest")
+            figure.colorbar(shown, ax=axis, shrink=0.8)
+            axis.set_title(title)
+            axis.set_xlabel("key")
+            axis.set_ylabel("query")
+        write_note(figure, note)
+    return figure
+
+
+def map_grid(images: list[np.ndarray], rows: dict[str, list[np.ndarray]], note: str = "") -> Figure:
+    """Images, and below each what every mechanism attends to in it.
+
+    Args:
+        images: (height, width) or (height, width, 3), from 0 to 1.
+        rows: name to one map (side, side) per image; each map has its own scale, from its least to its largest value.
+        note: what was measured.
+
+    Raises:
+        ValueError: no image, an empty image or map, or a row that has not one map per image.
+    """
+    lines = {"image": images, **rows}
+    for name, pictures in rows.items():
+        if len(pictures) != len(images):
+            raise ValueError(f"row {name!r} has {len(pictures)} maps for {len(images)} images: give one for each")
+    _refuse_empty({f"picture {i} of row {name!r}": one for name, each in lines.items() for i, one in enumerate(each)})
+    with plt.rc_context(STYLE):
+        size = min(2.0, 6.0 / len(images))  # inches
+        names = 0.4 + 0.08 * max(map(len, lines))  # inches
+        shape = (names + size * len(images), 0.5 + size * len(lines))
+        figure, axes = plt.subplots(len(lines), len(images), figsize=shape, squeeze=False, layout="constrained")
+        for line, (name, pictures) in zip(axes, lines.items(), strict=True):
+            for axis, picture in zip(line, pictures, strict=True):
+                axis.imshow(picture, cmap="gray" if name == "image" else "cividis", interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        write_note(figure, note)
+    return figure
+
+
+def _refuse_empty(pictures: dict[str, np.ndarray]) -> None:
+    if not pictures:
+        raise ValueError("a figure without pictures: give at least one, or leave the figure out")
+    for name, picture in pictures.items():
+        if np.isnan(picture).all():  # so it is of an empty one
+            fault = "holds only NaN" if np.size(picture) else "is empty"
+            raise ValueError(f"{name} {fault}: compute what it is to show, or leave it out of the figure")
+        if np.isinf(picture).any():
+            raise ValueError(f"{name} holds an infinite number: find where it comes from")

@@ -1,0 +1,1 @@
+"""What a network computes in the clear. Imports torch and nothing of ours outside this room."""

@@ -1,0 +1,190 @@
+"""Configurations of networks, as plain data: JSON in a record, public to both parties; and presets by name."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from ..fields import Among, Checked, Range, Share, Size, shown, whole
+from .activations import ACTIVATIONS
+from .attention import ATTENTION, SIZED
+from .normalizers import GRANULARITIES, NORMALIZERS
+from .rows import ROWS
+
+LAYERS = Range(1, 1024)
+Initial = Annotated[float, Range(-1000.0, 1000.0)]  # (d a + c)^2 of what is larger leaves float32
+
+
+@dataclass(frozen=True)
+class TransformerConfig(Checked):
+    """What the configurations of all backbones share.
+
+    `attention` is one name for all layers or one entry per layer; it is kept as one entry per layer. An entry that is
+    itself a sequence names "self" or "external" for each head (SAS-H). The `l2q_` fields matter only where `normalizer`
+    is "l2q". A backbone's own configuration says how many `tokens` there are.
+
+    Raises:
+        ValueError: a value of another type or out of range, a name that is not known, or sizes that do not fit
+            together.
+    """
+
+    image: Size = 32  # side, pixels
+    channels: Size = 3
+    classes: Size = 10
+    layers: Annotated[int, LAYERS] = 7
+    width: Size = 256  # M
+    heads: Size = 4
+    mlp_ratio: Annotated[float, Range(0.0, 64.0, open=True)] = 2.0
+    attention: str | tuple[str | tuple[str, ...], ...] = "self"
+    normalizer: Annotated[str, Among(*NORMALIZERS)] = "softmax"
+    activation: Annotated[str, Among(*ACTIVATIONS)] = "gelu"  # of the MLP
+    memory: Size = 64  # S, slots of external attention; what stands for the N tokens in the other mechanisms of `SIZED`
+    l2q_granularity: Annotated[str, Among(*GRANULARITIES)] = "element"
+    l2q_learn_c: bool = True
+    l2q_learn_d: bool = True
+    l2q_initial_c: Initial = 1.0
+    l2q_initial_d: Initial = 1.0
+    attention_dropout: Share = 0.1
+    stochastic_depth: Share = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = (self.attention,) * self.layers if isinstance(self.attention, str) else self.attention
+        if not isinstance(names, tuple | list):
+            raise ValueError(f"attention is {shown(names)}: give one name for all layers, or one entry per layer")
+        names = tuple(tuple(name) if isinstance(name, list) else name for name in names)
+        object.__setattr__(self, "attention", names)
+        for name in names:
+            if isinstance(name, tuple):
+                if len(name) != self.heads or not all(head in ("self", "external") for head in name):
+                    raise ValueError(
+                        f"attention {shown(name)} must name self or external for each of {self.heads} heads"
+                    )
+            elif not isinstance(name, str) or name not in ATTENTION:
+                raise ValueError(f"attention {shown(name)} is unknown: choose from {', '.join(ATTENTION)}")
+        if len(names) != self.layers:
+            raise ValueError(f"attention names {len(names)} layers, the network has {self.layers}: give one per layer")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads: choose one that is")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: of width {self.width} it leaves the MLP nothing")
+
+    @property
+    def tokens(self) -> int:
+        """N: the tokens of one image; each backbone says how many."""
+        raise TypeError(f"{type(self).__name__} is of no backbone: use CCTConfig or ViTConfig")
+
+    def ignored(self) -> set[str]:
+        """The fields that this network does not depend on: L2Q's of another normaliser, slots that nothing has."""
+        fields = set()
+        if self.normalizer != "l2q":
+            fields |= {field.name for field in dataclasses.fields(self) if field.name.startswith("l2q_")}
+        if not any(name in SIZED or isinstance(name, tuple) for name in self.attention):
+            fields |= {"memory"}
+        return fields
+
+
+@dataclass(frozen=True)
+class CCTConfig(TransformerConfig):
+    """Everything that fixes a CCT's architecture, as plain data: JSON in a record, public to both parties.
+
+    Raises:
+        ValueError: as `TransformerConfig`.
+    """
+
+    convolutions: Annotated[int, Range(1, 64)] = 1  # each followed by ReLU and a 3x3 max-pool of stride 2
+    kernel: Size = 3
+    stride: Size = 1
+
+    @property
+    def tokens(self) -> int:
+        """N: the tokens that the tokenizer makes of one image."""
+        side = self.image
+        for _ in range(self.convolutions):
+            side = (side + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1  # convolution
+            side = (side + 2 - 3) // 2 + 1  # max-pool 3/2/1
+        return side * side
+
+
+@dataclass(frozen=True)
+class ViTConfig(TransformerConfig):
+    """Everything that fixes a plain vision transformer's architecture (`vit.ViT`), as plain data.
+
+    Raises:
+        ValueError: as `TransformerConfig`, or an image that patches do not tile.
+    """
+
+    patch: int = 4  # side, pixels
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch < 1 or self.image % self.patch:
+            raise ValueError(f"an image of {self.image} pixels is not a multiple of patches of {self.patch}")
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches of one image, and the class token."""
+        return (self.image // self.patch) ** 2 + 1
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # For tests: seconds to train on scikit-learn's 8x8 digits.
+    "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
+    "cct_4_3x1": dict(image=8, channels=1, layers=4, width=32, heads=2, memory=16),
+    # For a laptop: 28x28 Fashion-MNIST, 49 tokens.
+    "cct_4_3x2": dict(image=28, channels=1, convolutions=2, layers=4, width=64, heads=4, memory=16),
+    # The paper's three networks (Section 4, "Experimental setup").
+    "cct_7_3x1": dict(),
+    "cct_9_7x2": dict(image=224, classes=200, convolutions=2, kernel=7, stride=2, layers=9, width=192, heads=12),
+    "cct_14_7x2": dict(
+        image=224, classes=1000, convolutions=2, kernel=7, stride=2, layers=14, width=384, heads=6, mlp_ratio=3.0
+    ),
+    # Plain vision transformers: 16 patches and the class token on 8x8 digits, 64 and it on CIFAR.
+    "vit_2": dict(patch=2, image=8, channels=1, layers=2, width=32, heads=2, memory=8),
+    "vit_tiny": dict(patch=4, layers=4, width=48, heads=4, mlp_ratio=4.0, memory=16),
+    # The geometries of two other systems: MPCViT's on CIFAR, PriViT's ViT-Tiny (peers: without biases of Q, K and V).
+    "vit_7_4_32": dict(patch=4, layers=7, width=256, heads=4),
+    "vit_tiny_224": dict(image=224, patch=16, classes=200, layers=12, width=192, heads=3, mlp_ratio=4.0),
+}
+
+
+def config_of(fields: dict) -> TransformerConfig:
+    """A configuration from its fields, such as JSON of one holds: of a ViT if `patch` is among them, else of a CCT.
+
+    Raises:
+        ValueError: unknown field or value.
+    """
+    made = ViTConfig if "patch" in fields else CCTConfig
+    known = {field.name for field in dataclasses.fields(made)}
+    if unknown := set(fields) - known:
+        names = f"{', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"
+        raise ValueError(f"{made.__name__} has no field {names}")
+    return made(**fields)
+
+
+def preset(name: str, method: str | None = None, **changes) -> TransformerConfig:
+    """A named configuration, with changes.
+
+    Args:
+        name: a key of `PRESETS`, such as "cct_7_3x1" or "vit_tiny".
+        method: a row of the tables, a key of `METHODS` or `MECHANISMS`, such as "SA softmax" or "Linformer".
+        changes: fields of the configuration to set, such as attention="external" or classes=100.
+
+    Returns:
+        a `CCTConfig` or a `ViTConfig`, whichever `name` is.
+
+    Raises:
+        ValueError: unknown name, method, field or value.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset {shown(name)} is unknown: choose from {', '.join(PRESETS)}")
+    if method is not None and (not isinstance(method, str) or method not in ROWS):
+        raise ValueError(f"method {shown(method)} is unknown: choose from {', '.join(ROWS)}")
+    if "patch" in changes and "patch" not in PRESETS[name]:
+        raise ValueError(f"{name} is a CCT, which has no field patch")
+    fields = {**PRESETS[name], **(ROWS[method] if method else {}), **changes}
+    budget, layers = fields.get("attention"), fields.get("layers", TransformerConfig.layers)
+    if whole(budget) and whole(layers) and LAYERS.holds(layers):
+        if not 0 <= budget <= layers:
+            raise ValueError(f"a budget of {budget} self-attention layers: {name} has {layers}")
+        fields["attention"] = ("self",) * budget + ("external",) * (layers - budget)
+    return config_of(fields)

@@ -1,0 +1,475 @@
+"""What a graph names: every operation that is no plain function, its kind in the tables and its FLOPs.
+
+Each is a module so that a graph, a FLOP count or a private protocol can name it; `known` lists them all. What attention
+mechanisms compute besides Linear and normalisers stands here; normalisers and activations have files of their own.
+None depends on the values it is given, only on shapes.
+
+FLOPs are in the paper's convention, the rules that reproduce Table 7: 2 per multiply-add of what has weights, products
+of activations not counted; per element LayerNorm 2, GELU, ReLU, scale of the scores and residual addition 1;
+normalisers 3 (softmax; square, sum, divide), 2Quad 4, L2Q 3 plus one per element of C and D; max-pooling and external
+attention's second (L1) normalisation nothing. What the paper has no row for is counted in its spirit.
+
+Letters: B batch, H heads, N tokens, D dimension of a head, m landmarks.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+# Keeps sums that may be zero from dividing by zero. A multiple of 2^-16, so that it survives 16-bit fixed point.
+EPS = 2.0**-14
+
+
+# The kinds of operation that tables and figures tell apart, in the order in which they are drawn.
+KINDS = (
+    "tokenizer",
+    "LayerNorm",
+    "projection",
+    "scores",
+    "normaliser",
+    "values",
+    "MLP",
+    "activation",
+    "pooling",
+    "head",
+)
+
+
+class Operation(nn.Module):
+    """A module that stays whole in a graph. Its `kind` is its own, or what `of_kind` says where it is used."""
+
+    kind: str | None = None
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """FLOPs of one call in the paper's convention, of all images together."""
+        raise TypeError(f"{type(self).__name__} does not say its FLOPs")
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def of_kind(kind: str, module: AnyModule) -> AnyModule:
+    """A module marked as being of a kind: it, and all in it that is not marked otherwise.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: choose from {', '.join(KINDS)}")
+    module.kind = kind  # type: ignore[assignment]  # torch types every attribute as a tensor or a module
+    return module
+
+
+class MatMul(Operation):
+    """Matrix product of two activations: the only products in attention in which neither side is a weight."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """(..., N, K) and (..., K, D) -> (..., N, D)."""
+        return left @ right
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return 0
+
+
+class Multiply(Operation):
+    """Product of two activations, entry by entry."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Two tensors that broadcast -> their product."""
+        return left * right
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+class Divide(Operation):
+    """Quotient of two activations, entry by entry, the denominator positive: a / (b + eps).
+
+    Args:
+        scale: public estimate of the denominator's size, for protocols that need to know; the result does not
+            depend on it.
+    """
+
+    eps = EPS
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+        """Numerators and denominators >= 0 that broadcast -> their quotients."""
+        return numerator / (denominator + self.eps)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"scale={self.scale:g}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+class Exponential(Operation):
+    """exp(a - max a), the largest entry along `dims` becoming one: an exponential that cannot overflow.
+
+    Args:
+        dims: how many of the last dimensions the maximum runs over; 0: none is subtracted, and a <= 0 is expected.
+    """
+
+    def __init__(self, dims: int = 1):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(...) -> exponentials of the same shape, at most one."""
+        if self.dims:
+            a = a - a.amax(tuple(range(-self.dims, 0)), keepdim=True)
+        return a.exp()
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"dims={self.dims}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+class SquaredNorm(Operation):
+    """Sum of squares along the last dimension."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., 1)."""
+        return x.square().sum(-1, keepdim=True)
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return 2 * inputs[0].numel()
+
+
+class HeadLinear(Operation):
+    """A linear map over the tokens with a matrix of each head's own: W_h x_h.
+
+    Args:
+        heads: number of heads H.
+        inputs: number of tokens N before.
+        outputs: number of rows k after.
+    """
+
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, outputs, inputs))
+        nn.init.trunc_normal_(self.weight, std=0.02)  # as the network's Linear have it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, k, D)."""
+        return self.weight @ x
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """(H, k, N): N is what is summed over."""
+        return 2 * self.weight.shape[-1] * result.numel()
+
+
+class TokenConv(Operation):
+    """Depth-wise convolution over the tokens, one kernel per head, zeros beyond the ends.
+
+    Args:
+        heads: number of heads H.
+        kernel: number of taps, odd.
+    """
+
+    def __init__(self, heads: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, kernel))
+        nn.init.trunc_normal_(self.weight, std=kernel**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, N, D): y_n = sum_t w_t x_(n + t - kernel // 2)."""
+        heads, kernel = self.weight.shape
+        weight = self.weight[:, None, :, None]  # (H, 1, kernel, 1)
+        return nn.functional.conv2d(x, weight, padding=(kernel // 2, 0), groups=heads)
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """(H, taps)."""
+        return 2 * self.weight.shape[-1] * result.numel()
+
+
+class Gain(Operation):
+    """A learnt factor that multiplies an activation.
+
+    Args:
+        shape: of the factor; it broadcasts with the activation.
+        initial: value that it starts from.
+    """
+
+    def __init__(self, shape: tuple[int, ...], initial: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, initial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) -> the same shape."""
+        return self.weight * x
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+class Take(Operation):
+    """Rows of an activation by a public table of indices; an index may occur more than once.
+
+    Args:
+        index: the rows to take, plain integers.
+    """
+
+    def __init__(self, index: list[int]):
+        super().__init__()
+        self.index = list(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., len(index), D)."""
+        return x[..., _tensor(tuple(self.index), x.device), :]
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"index={self.index}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return 0
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _tensor(values: tuple, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device="cpu" if device.type == "meta" else device)
+
+
+class SegmentMeans(Operation):
+    """Landmarks: the mean of the tokens in each of m segments.
+
+    Where N and m are squares, the segments are the cells of a grid on the image; else they are runs of tokens. Sizes
+    differ by one row or column, or token, where they do not divide.
+
+    Args:
+        tokens: number of tokens N.
+        segments: number of segments m <= N.
+    """
+
+    def __init__(self, tokens: int, segments: int):
+        super().__init__()
+        self.tokens, self.segments = tokens, segments
+
+    def assignment(self) -> list[int]:
+        """The segment of every token."""
+        side, cells = math.isqrt(self.tokens), math.isqrt(self.segments)
+        if side * side == self.tokens and cells * cells == self.segments:
+            place = [i * cells // side for i in range(side)]
+            return [place[i] * cells + place[j] for i in range(side) for j in range(side)]
+        return [i * self.segments // self.tokens for i in range(self.tokens)]
+
+    def matrix(self) -> torch.Tensor:
+        """(m, N): what the tokens are multiplied with, public numbers."""
+        matrix = torch.zeros(self.segments, self.tokens)
+        matrix[self.assignment(), range(self.tokens)] = 1.0
+        return matrix / matrix.sum(1, keepdim=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., m, D)."""
+        return _matrix(self.tokens, self.segments, x.device, x.dtype) @ x
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"tokens={self.tokens}, segments={self.segments}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return inputs[0].numel()
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _matrix(tokens: int, segments: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return SegmentMeans(tokens, segments).matrix().to(device=device, dtype=dtype)
+
+
+class NewtonInverse(Operation):
+    """Inverse of symmetric positive semi-definite matrices plus a ridge, by Newton's iteration Z <- Z (2 I - A Z).
+
+    The start is Z = 1.5 / |A + ridge I| I, |.| the largest row sum: the eigenvalues of A Z lie within (0, 1.5], and
+    each iteration squares the distance of A Z from I. With m landmarks the condition number is at most (m + ridge) /
+    ridge, which 2 + log2 of it iterations overcome.
+
+    Args:
+        iterations: number of steps.
+        ridge: added to the diagonal; without it rounding grows twofold per step wherever A is nearly singular.
+    """
+
+    def __init__(self, iterations: int = 20, ridge: float = 0.1):
+        super().__init__()
+        self.iterations, self.ridge = iterations, ridge
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(..., m, m), entries >= 0 -> (..., m, m)."""
+        one = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
+        a = a + self.ridge * one
+        z = 1.5 / a.sum(-1).amax(-1)[..., None, None].detach() * one
+        for _ in range(self.iterations):
+            z = z @ (2 * one - a @ z)
+        return z
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"iterations={self.iterations}, ridge={self.ridge:g}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """It consists of products of activations."""
+        return 0
+
+
+class PseudoInverse(Operation):
+    """Moore-Penrose inverse of matrices whose rows sum to one (Razavi et al., 2014; Nystromformer, Xiong et al., 2021).
+
+    Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T / (|A|_1 |A|_inf), where |A|_inf, the largest row sum,
+    is one and |A|_1 is the largest column sum.
+
+    Args:
+        iterations: number of steps.
+    """
+
+    def __init__(self, iterations: int = 6):
+        super().__init__()
+        self.iterations = iterations
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        """(..., m, m), entries >= 0, rows summing to one -> (..., m, m)."""
+        one = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
+        z = a.mT / (a.sum(-2).amax(-1)[..., None, None] + EPS)
+        for _ in range(self.iterations):
+            az = a @ z
+            z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+        return z
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"iterations={self.iterations}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """It consists of products of activations."""
+        return 0
+
+
+class Reweight(Operation):
+    """Features times the cosines and sines of their token's position, whose products are cosines of differences.
+
+    Along a line of n places let c_i = cos(pi i / (2 n)) and s_i = sin(pi i / (2 n)): c_i c_j + s_i s_j =
+    cos(pi (i - j) / (2 n)) >= 0, cosFormer's re-weighting. Where N is a square the image's rows and columns are two
+    such lines, and the four products of a row's and a column's factor give the product of the two cosines; else the
+    tokens are one line.
+
+    Args:
+        tokens: number of tokens N.
+    """
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+
+    def factors(self) -> torch.Tensor:
+        """(F, N), F = 4 where N is a square, else 2: public numbers."""
+        side = math.isqrt(self.tokens)
+        length = side if side * side == self.tokens else self.tokens
+        angles = torch.arange(length, dtype=torch.float64) * (math.pi / 2 / length)
+        line = torch.stack([angles.cos(), angles.sin()])  # (2, length)
+        if length == self.tokens:
+            return line
+        return (line[:, None, :, None] * line[None, :, None, :]).reshape(4, self.tokens)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, H, N, F D): F blocks of D features."""
+        return (x.unsqueeze(-2) * _factors(self.tokens, x.device, x.dtype)).flatten(-2)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"tokens={self.tokens}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _factors(tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return Reweight(tokens).factors().T[:, :, None].to(device=device, dtype=dtype)  # (N, F, 1)
+
+
+class TokenSum(Operation):
+    """Sum over the tokens: the denominators of attention that is linear in them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, D) -> (..., 1, D)."""
+        return x.sum(-2, keepdim=True)
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return inputs[0].numel()
+
+
+def unit_values(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Values of which the j-th is the j-th unit vector: attention to them returns its weights.
+
+    Args:
+        x: tokens (B, N, M).
+        heads: number of heads H.
+
+    Returns:
+        (B, H, N, N).
+    """
+    return torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(len(x), heads, -1, -1)
+
+
+def _linear(module: nn.Linear, result: torch.Tensor) -> int:
+    return 2 * module.in_features * result.numel()
+
+
+def _conv2d(module: nn.Conv2d, result: torch.Tensor) -> int:
+    return 2 * module.weight[0].numel() * result.numel()
+
+
+# torch's own modules that networks use, and their FLOPs.
+TORCH: dict[type[nn.Module], Callable[..., int]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.LayerNorm: lambda module, result: 2 * result.numel(),
+    nn.GELU: lambda module, result: result.numel(),
+    nn.ReLU: lambda module, result: result.numel(),
+    nn.MaxPool2d: lambda module, result: 0,
+    nn.Dropout: lambda module, result: 0,
+    nn.Identity: lambda module, result: 0,
+}
+
+
+def flops(module: nn.Module, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+    """FLOPs of one call of an operation, in the paper's convention; of a module that is none, zero."""
+    if isinstance(module, Operation):
+        return module.flops(result, *inputs)
+    return TORCH[type(module)](module, result) if type(module) in TORCH else 0
+
+
+def known() -> list[type[nn.Module]]:
+    """Every operation: torch's modules, and all subclasses of `Operation` that are not there to be derived from."""
+    found: list[type[nn.Module]] = []
+    waiting = [Operation]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.forward is not Operation.forward:
+            found.append(kind)
+    return [*TORCH, *sorted(found, key=lambda kind: kind.__name__)]

@@ -1,0 +1,1 @@
+"""What the gates stand on: the ring, shares in it, and correlated randomness."""

@@ -1,0 +1,122 @@
+"""Exact arithmetic on int64 mod 2^64: matrix products, and the linear operations whose weight the server knows.
+
+A float64 holds integers up to 2^53, so both sides of a product are cut into limbs small enough that a whole sum of
+products of limbs stays below. Without wide vector units torch multiplies int64 matrices some forty times slower.
+Shapes are those of the clear operation.
+"""
+
+import torch
+
+WIDTH, TERMS = 22, 256  # bits of a limb; terms of a sum that stays exact
+
+
+def signed(value: int) -> int:
+    """An integer mod 2^64 as int64 has it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def log2_above(count: int) -> int:
+    """The exponent of the least power of two that is no smaller than a count."""
+    return (count - 1).bit_length()
+
+
+def windows(images: torch.Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]):
+    """Images (B, C, height, width) as one row per output pixel: (B, pixels, C k k). A convolution is then a product."""
+    padded = torch.nn.functional.pad(images, (padding[1], padding[1], padding[0], padding[0]))
+    patches = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (B, C, h, w, k, k)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def _limbs(x: torch.Tensor, width: int, count: int) -> list[torch.Tensor]:
+    """int64 as `count` float64 with x = sum of limb i times 2^(width i) mod 2^64; limbs are signed, of `width` bits."""
+    limbs, half, mask = [], 1 << (width - 1), (1 << width) - 1
+    for i in range(count):
+        if i == count - 1:
+            limb = x << (64 - width) >> (64 - width) if width * count > 64 else x
+        else:
+            limb = (x + half & mask) - half
+            x = x - limb >> width
+        limbs.append(limb.double())
+    return limbs
+
+
+class Factor:
+    """The right side of matrix products mod 2^64, cut into limbs once.
+
+    Args:
+        right: (..., K, M), int64.
+        bits: |right| is below 2^(bits - 1): a clear weight takes one limb.
+    """
+
+    def __init__(self, right: torch.Tensor, bits: int = 64):
+        self.right, self.bits = right, bits
+        self.parts = right.split(TERMS, -2)
+        if bits > 64 - WIDTH:
+            self.limbs = [_limbs(part, WIDTH, 3) for part in self.parts]
+            self.sums = [(part[0] + part[1], torch.cat([part[2], part[0]], -2)) for part in self.limbs]
+        else:
+            self.limbs = [part.double() for part in self.parts]
+
+
+def product(left: torch.Tensor, right: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
+    """Matrix product of int64 mod 2^64, by products of float64 that are exact.
+
+    Args:
+        left: (..., N, K).
+        right: (..., K, M), or the factor made of it.
+        bits: |right| is below 2^(bits - 1), where it is a tensor.
+    """
+    if left.device.type == "meta":
+        return left @ (right.right if isinstance(right, Factor) else right)
+    right = right if isinstance(right, Factor) else Factor(right, bits)
+    total = None
+    for i, part in enumerate(left.split(TERMS, -1)):
+        made = _full(part, right.limbs[i], *right.sums[i]) if right.bits > 64 - WIDTH else _small(part, right, i)
+        total = made if total is None else total.add_(made)
+    return total
+
+
+def _small(left: torch.Tensor, right: Factor, i: int) -> torch.Tensor:
+    """The right side is one limb: the left's may be as wide as the sum allows."""
+    width = 55 - right.bits - (TERMS - 1).bit_length()  # signed limbs: (width - 1) + (bits - 1) + log2 terms <= 53
+    count = -(-64 // width)
+    width = -(-64 // count)
+    parts = torch.stack(_limbs(left, width, count)) @ right.limbs[i]
+    return sum(part.long() << (width * j) for j, part in enumerate(parts))
+
+
+def _full(left: torch.Tensor, theirs: list[torch.Tensor], low: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Three limbs by three, of which six products count mod 2^64; the middle two come from one (Karatsuba)."""
+    ours = _limbs(left, WIDTH, 3)
+    first, middle = (ours[0] @ theirs[0]).long(), (ours[1] @ theirs[1]).long()
+    cross = ((ours[0] + ours[1]) @ low).long().sub_(first).sub_(middle)
+    outer = (torch.cat([ours[0], ours[2]], -1) @ ends).long().add_(middle)
+    return first.add_(cross << WIDTH).add_(outer << 2 * WIDTH)
+
+
+def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor":
+    """A weight, ready for `apply`: cut into limbs where the operation is a matrix product."""
+    if operation[0] in ("multiply", "taps"):
+        return weight
+    return Factor(weight.mT if operation[0] == "heads" else weight.flatten(1).t(), bits)
+
+
+def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
+    """An activation times a weight, in the ring.
+
+    Operations: ("linear",), ("conv", kernel, stride, padding), ("multiply",) entry by entry, ("heads",) a matrix per
+    head that multiplies the tokens, ("taps",) a kernel per head along the tokens.
+    """
+    if operation[0] == "multiply":
+        return x * weight
+    if operation[0] == "taps":
+        assert isinstance(weight, torch.Tensor)  # only matrix products are cut into limbs
+        taps, tokens = weight.shape[1], x.shape[-2]
+        padded = torch.nn.functional.pad(x, (0, 0, taps // 2, taps // 2))
+        return sum(padded[..., t : t + tokens, :] * weight[:, t, None, None] for t in range(taps))
+    weight = weight if isinstance(weight, Factor) else prepared(operation, weight, bits)
+    if operation[0] == "heads":
+        return product(x.mT, weight).mT
+    if operation[0] == "conv":
+        x = windows(x, *operation[1:])
+    return product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])

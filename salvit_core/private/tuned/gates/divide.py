@@ -1,0 +1,115 @@
+"""Quotients: reciprocals of many numbers, by one knot per octave and one polynomial for all."""
+
+import functools
+import math
+
+import torch
+
+from ....models.operations import Divide
+from ...domains import Span, spans, within_octaves
+from ..arithmetic.polynomials import Polynomials, fitted
+from ..arithmetic.randomness import Dealing, correlation
+from ..arithmetic.share import Share, Weight, session
+from .compare import segments
+from .curve import check, evaluate, powers_supply
+from .power import octave_window
+from .product import entered, multiply
+from .truncate import truncate
+
+QUOTIENT = (-12, 6)  # of a denominator over its public scale
+INVERSE_BITS = 11  # of v, whose fifth power must fit
+
+
+@functools.cache
+def _octaves(octaves: tuple[int, int], bits: int) -> tuple[Polynomials, Polynomials]:
+    """X times the power of two that takes it to [2^(high - 1), 2^high), and that power, of high - 1 fractional bits."""
+    count = octaves[1] - octaves[0]
+    knots = [2.0 ** (octaves[0] + j + bits) for j in range(1, count)]
+    shifts = [2.0 ** (count - 1 - j) for j in range(count)]
+    scaled = Polynomials(knots, [(0.0, [0.0, shift]) for shift in shifts], 0, 0)
+    return scaled, Polynomials(knots, [(0.0, [shift]) for shift in shifts], 0, 0)
+
+
+@functools.cache
+def _inverse(bits: int, extra: int) -> Polynomials:
+    """1 / v for v in [1, 2), within 1.4e-4; below 4.4 for v from zero to one."""
+    return Polynomials([], fitted(lambda v: 1 / v, [1.0, 2.0], 5, extra), bits, extra)
+
+
+@correlation("powers")
+def deal_powers(deal: Dealing, count: int, degree: int):
+    """A mask r and its powers up to r^degree."""
+    r = deal.mask(count)
+    return r.mine, powers_supply(deal, r, count, degree)
+
+
+def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
+    """1 / x for x from 2^low to 2^high, to 7e-4 of its value; below 2^low, zero included, less than 5 * 2^-low.
+
+    `power` for many numbers: its J is a quarter, for five rounds more. Three rounds find x's octave and with it a
+    secret power of two that takes x to v in [1, 2), two truncate v, one opens it masked for a quintic, two truncate
+    that, one multiplies by the power of two. With J = high - low - 1 and k digits: 5 n words and J (2 k - 1) n bits.
+
+    Args:
+        x: not negative.
+        octaves: low and high.
+        bits: fractional bits of 1 / v; those of the result are high - 1 more.
+    """
+    low, high = octaves
+    x, lowest, digits = octave_window(x, octaves)
+    count = x.data.numel()
+    check(x.data, 0, round(2.0 ** (high + x.bits)))
+    scaling, shift = _octaves(octaves, x.bits)
+    first, curve = session.correlation("comparison", count, len(scaling.knots), scaling.groups, 1, digits, lowest)
+    e, gamma = segments(x.data.reshape(-1), scaling.knots, scaling.joined, lowest, digits, first)
+    v = truncate(Share(evaluate(scaling, e, curve, gamma), high - 1 + x.bits), INVERSE_BITS)
+    r, raised = session.correlation("powers", count, 5)
+    (opened,) = session.reveal(v.data - r)
+    inverse = _inverse(INVERSE_BITS, 59 - 5 * INVERSE_BITS)  # below 4.4, it stays within what `truncate` takes
+    y = truncate(Share(evaluate(inverse, opened, (r, raised, []), gamma[:0]), inverse.bits), bits)
+    shares = [part[:1] for part in curve[2]]  # the shifts are constants: no power of r is needed
+    y = multiply(y, Share(evaluate(shift, e, (curve[0], [], shares), gamma), high - 1))
+    return Share(y.data.view(x.shape), y.bits)
+
+
+def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator: Share | Weight) -> Share:
+    """Quotients a / (b + eps) for b / scale from 2^-12 to 2^6 and quotients below 2^8; of a zero a, zero whatever b is.
+
+    Such a b is a sum of many terms >= 0, of which `scale`, rounded to a power of two, is the usual size: few sums are
+    64 times larger, but where most terms are near zero it can be small, down to eps, 2^-14. The reciprocal of b / scale
+    has 23 fractional bits, 18 of them of its own, and a keeps the bits it comes with. Below 2^-12 scale the
+    reciprocal stays below 5 * 2^12 / scale.
+
+    Within 1e-3 of the value (3e-3 for b / scale below 2^-11) and a step, and what a and b err by themselves. Twelve
+    rounds; n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
+
+    Functionality:
+        Inputs: Both shared.
+        Output: a / b, shared, truncated exactly.
+        Opened: b, its scaled v, 1 / v and a less their masks, masked bits, to both; by `truncate`, a masked word.
+        Simulator: uniform words and bits.
+        Failure: 0: a has too few bits to lose any in every network here, and all else is truncated exactly.
+    """
+    down = round(math.log2(module.scale))  # a power of two is free
+    b = entered(denominator).settle()
+    b = b.to(max(b.bits, session.bits + 4)) + module.eps
+    b = Share(b.data, b.bits + down)
+    inverse = reciprocal(b, QUOTIENT, 18)
+    a = entered(numerator).settle()
+    # Quotients below 2^8 leave 54 bits to the product.
+    a = a.to(min(a.bits, 54 - inverse.bits - down))
+    y = multiply(a, inverse)
+    return truncate(Share(y.data, y.bits + down), session.bits)
+
+
+def divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> list[Span]:
+    """The range of denominators and quotients."""
+    a, b = torch.broadcast_tensors(a, b + module.eps)
+    units = b / 2.0 ** round(math.log2(module.scale))
+    # Below the range a quotient may come out three times as large: that is nothing where it is next to nothing.
+    small = (a / b).abs() < 2.0**-11
+    return (
+        spans("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
+        + spans("quotients", a / b, (-(2.0**8), 2.0**8))
+        + within_octaves("scaled denominators that count", units.masked_fill(small, 0), QUOTIENT, zeros=True)
+    )

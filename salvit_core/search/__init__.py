@@ -1,0 +1,1 @@
+"""Selective attention search, SAS: which layers, or heads, deserve self-attention."""

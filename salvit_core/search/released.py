@@ -1,0 +1,44 @@
+"""The search as the published code does it, where that parts from the paper (facts, section 1, rows 1, 2 and 5).
+
+The L1 term has a value but no gradient, so that weight decay alone shrinks alpha; weight decay acts on c, d and alpha
+too; fine-tuning runs both branches of every layer, alpha frozen to 1 and 0.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..datasets import Data
+from .sas import MixedCCT, Penalty, Search, extract, first_phase, found, freeze, second_phase, select
+
+
+@dataclass(frozen=True)
+class ReleasedSearch(Search):
+    """One search as the published code does it; fields as in `sas.Search`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("first", "finetune"):
+            object.__setattr__(self, name, replace(getattr(self, name), decay_all=True))
+
+
+class ReleasedPenalty(Penalty):
+    """The L1 term of Eq. 5 as published: no gradient reaches alpha."""
+
+    def __call__(self) -> torch.Tensor:
+        """The term, a scalar."""
+        return super().__call__().detach()
+
+
+def search(
+    run: ReleasedSearch, data: Data, teacher: torch.nn.Module | None = None, folder: str | Path | None = None
+) -> dict:
+    """As `sas.search`; `network` holds the chosen branches only, `finetune` is of the network with both."""
+    torch.manual_seed(run.seed)
+    net = MixedCCT(run.network, run.granularity)
+    history = first_phase(net, run, data, ReleasedPenalty(net, run.weight), teacher, folder)
+    chosen = select(net.alphas(), run.budget, run.rule, run.seed)
+    freeze(net, chosen)
+    tuned = second_phase(net, net, chosen, run, data, teacher, folder, frozen=("alpha",))
+    return found(net, chosen, history, tuned, extract(net, chosen))

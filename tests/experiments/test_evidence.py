@@ -1,0 +1,88 @@
+"""The campaign: the order of worth, an end that is told in minutes, and going on after it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from salvit_core import preset, workspace
+from salvit_core.experiments import evidence, execute, store
+from salvit_core.experiments.runs import TrainRun
+from salvit_core.training import Recipe
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "ROOT", tmp_path)
+    execute.dataset.cache_clear()
+    yield tmp_path
+    execute.dataset.cache_clear()
+
+
+def test_minutes_of_a_gpu_go_to_the_main_rows_first():
+    wanted = evidence.campaign("short")
+    assert [each.label().replace(" seed 0", "") for each in wanted[:10]] == [
+        "cifar10 sas-l l2q b 3 top 5 and 12 epochs",
+        "cifar10 cct_7_3x1 SA softmax 12 epochs",
+        "cifar10 cct_7_3x1 SA L2Q 12 epochs",
+        "cifar10 cct_7_3x1 EA L2Q 12 epochs",
+        "cifar10 cct_7_3x1 SA 2Quad 12 epochs",
+        "cifar10 cct_7_3x1 EA softmax 12 epochs",
+        "cifar100 cct 7x256 32px self softmax 12 epochs",
+        "cifar100 sas-l l2q b 3 top 5 and 12 epochs",
+        "cifar100 cct 7x256 32px self l2q 12 epochs",
+        "cifar100 cct 7x256 32px external l2q 12 epochs",
+    ]
+    assert len(set(wanted)) == len(wanted) and set(evidence.rows(evidence.profile("short"))) < set(wanted)
+
+
+def run(**changes):
+    recipe = Recipe(epochs=1, batch=64, lr=2e-3, augment="none")
+    return TrainRun("digits", preset("cct_2_3x1", "SA L2Q"), dataclasses.replace(recipe, **changes), images=128)
+
+
+@pytest.mark.processes
+def test_it_ends_when_it_is_told_and_goes_on_next_time(root, monkeypatch, capsys):
+    """What is finished is on record with its weights, what is not has a checkpoint, and its epochs are not lost."""
+    brief, endless = run(), run(epochs=100_000)
+    monkeypatch.setattr(evidence, "campaign", lambda name: [endless, brief])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(execute, "MOST_TOGETHER", 2)
+    checkpoint = store.path(endless, ending=".unfinished") / "checkpoint.pt"
+
+    def epochs():
+        return len(torch.load(checkpoint, weights_only=True)["history"]) if checkpoint.exists() else 0
+
+    def over(running, patience, until):  # the time: once the brief one is done and the other further than before
+        assert patience <= 60
+        done, _ = wait(running, 0.5, until)
+        while not done and not (store.find(brief) and epochs() > known[-1]):
+            done, _ = wait(running, 0.5, until)
+        return done, set(running) - done
+
+    known, wait = [0], execute.wait
+    monkeypatch.setattr(execute, "wait", over)
+    for _ in range(2):
+        assert evidence.run(evidence.Evidence(minutes=1)) == 0
+        known.append(epochs())
+    assert 0 < known[1] < known[2]
+    assert "2 runs: 1 done here, 0 in data/reference, 1 left" in capsys.readouterr().out
+    assert store.find(brief) and store.path(brief, ending=".pt").exists() and not store.find(endless)
+
+
+@pytest.mark.processes
+def test_one_that_fails_does_not_end_the_others(monkeypatch):
+    broken, sound = run(lr=1e30, epochs=3), run()
+    monkeypatch.setattr(evidence, "campaign", lambda name: [broken, sound])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(execute, "MOST_TOGETHER", 1)
+    with pytest.raises(FloatingPointError, match="epoch"):
+        evidence.run(evidence.Evidence(minutes=10))
+    assert store.find(sound) and not store.find(broken)
+
+
+@pytest.mark.processes
+def test_without_a_minute_nothing_is_done(root, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "campaign", lambda name: [run(), run(seed=1)])
+    assert evidence.run(evidence.Evidence(minutes=0.0)) == 0
+    assert "0 done, 2 left" in capsys.readouterr().out and not list(root.rglob("*.json"))

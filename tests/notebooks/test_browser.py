@@ -1,0 +1,90 @@
+"""What a user does: open notebook 00 in JupyterLab in a browser, run it, move a slider, see the figure change."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.xdist_group("notebooks"),  # beside nothing that keeps its core busy for long
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+    pytest.mark.timeout(300),
+]
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on a copy of the notebooks, without a token, on a free port of the loopback."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    options += ["--IdentityProvider.token=", "--ServerApp.password=", f"--notebook-dir={folder}"]
+    with open(folder / "lab.log", "w") as log:
+        environment = {**os.environ, "SALVIT_ROOT": str(folder)}
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "lab.log").read_text()
+                time.sleep(0.25)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    with sync_api.sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{lab}/lab/tree/00_start_here.ipynb?reset")
+        yield page
+        browser.close()
+
+
+def test_a_slider_changes_the_figure(page, tmp_path):
+    page.wait_for_selector(".jp-Notebook", timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # run before the kernel is up, and nothing runs
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    slider = page.locator(".widget-slider .noUi-handle").first
+    # Attached, not visible: JupyterLab does not lay out cells that are scrolled away.
+    slider.wait_for(state="attached", timeout=120_000)
+    slider.scroll_into_view_if_needed()
+    # The slider's own: another picture, of what a network would cost, stands above it.
+    shown = page.locator(".jp-OutputArea-output").filter(has=page.locator(".widget-slider")).first
+    picture = shown.locator("img.widget-image").first
+    picture.wait_for(timeout=60_000)
+    before = picture.get_attribute("src")
+    slider.click()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    deadline = time.monotonic() + 30
+    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    page.screenshot(path=tmp_path / "slider.png")
+    assert before and after != before
+    reading = page.locator(".widget-readout").first.inner_text()
+    assert float(reading) > 1.0
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0

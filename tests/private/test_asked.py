@@ -1,0 +1,327 @@
+"""What is asked of a private run is looked at before anything meets; every wrong value gets one line that names it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_private_launch import PARTY, files, free_port, images, model
+from torch import nn
+
+from salvit_core import private
+from salvit_core.private import asked
+from salvit_core.private.asked import Asked
+from salvit_core.private.parties import launch, party
+
+
+def refused(*args, **kwargs):
+    pytest.fail("the parties were started")
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    monkeypatch.setattr(launch, "run_parties", refused)
+
+
+def hooked(register):
+    network = model()
+    getattr(network.blocks[0], register)(lambda *_: None)
+    return network
+
+
+def with_weight(name, value):
+    network = model()
+    network.state_dict()[name].view(-1)[0] = value
+    return network
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model=None), "model is NoneType: give a torch.nn.Module"),
+        (dict(model=hooked("register_forward_hook")), "model has hooks on blocks.0, which would not run on shares"),
+        (dict(model=hooked("register_forward_pre_hook")), "model has hooks on blocks.0, which would not run on shares"),
+        (dict(model=with_weight("head.bias", 1e30)), "weights head.bias reach 1e.30: fixed point needs values within"),
+        (dict(model=with_weight("head.weight", -1e12)), "weights head.weight reach 1e.12"),
+        (dict(model=with_weight("head.bias", float("inf"))), "weights head.bias hold NaN or infinite values"),
+        (dict(images=images().to_sparse()), "images are sparse_coo: give a dense tensor"),
+        (dict(images=images().to("meta")), "images are on the meta device: give a dense tensor"),
+        (dict(images=torch.zeros(1, 1, 4, 16)), r"images have shape \(1, 1, 4, 16\): this network reads"),
+        (dict(link="LAN"), "link is 'LAN': give a Link"),
+        (dict(timeout=float("inf")), "timeout is inf: give a finite number"),
+        (dict(timeout=float("nan")), "timeout is nan: give a finite number"),
+        (dict(timeout="10"), "timeout is '10': give a finite number"),
+        (dict(timeout=1e9), "timeout is 1000000000.0: give at most"),
+        (dict(bits="13"), "bits is '13': give a whole number, or None"),
+        (dict(bits=13.5), "bits is 13.5: give a whole number, or None"),
+        (dict(bits=40), "bits is 40: give 8 to 22, or None"),
+        (dict(batch=1.5), "batch is 1.5: give a whole number, or None"),
+        (dict(batch=0), "batch is 0: give 1 or more, or None"),
+        (dict(meet=5), "meet is 5: give HOST:PORT"),
+        (dict(meet="127.0.0.1:99999"), "meet is '127.0.0.1:99999': give HOST:PORT"),
+        (dict(check="yes"), "check is 'yes': give True or False"),
+        (dict(protocol="stock", check=True), "protocol 'stock' knows no check: choose tuned"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_meets(nobody, changes, message):
+    arguments = {"model": model(), "images": images(), "protocol": "tuned", **changes}
+    with pytest.raises(ValueError, match=message) as found:
+        private.infer(arguments.pop("model"), arguments.pop("images"), **arguments)
+    assert "\n" not in str(found.value)
+
+
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2)
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(Asked.__dataclass_fields__)), ANYTHING)
+def test_any_value_is_taken_or_refused_in_one_line(name, value):
+    try:
+        found = getattr(Asked(**{name: value}), name)
+    except ValueError as error:
+        assert name in str(error) and "\n" not in str(error)
+        return
+    good = {
+        "timeout": lambda x: 0 < x <= 1e7,
+        "bits": lambda x: x is None or 8 <= x <= 22,
+        "batch": lambda x: x is None or x >= 1,
+        "check": lambda x: x in (True, False),
+        "drift": lambda x: x in (True, False),
+        "device": lambda x: x == "cpu" or x.startswith("cuda"),
+        "protocol": lambda x: x in ("stock", "tuned"),
+        "provider": lambda x: x in ("TFP", "TTP"),
+        "reveal": lambda x: x in ("logits", "label"),
+        "dealt": lambda x: x in ("along", "ahead"),
+    }
+    assert good[name](found)
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = Asked(bits=np.int64(12), batch=np.int32(4), timeout=np.float32(2))
+    assert (found.bits, found.batch, found.timeout) == (12, 4, 2.0)
+
+
+@pytest.mark.parametrize(
+    "number, batch, size", [(2, 64, 2), (2, 10**6, 2), (100, 64, 50), (9, 4, 3), (8, 4, 4), (7, None, 7)]
+)
+def test_a_small_query_is_not_filled_up_to_a_large_one(number, batch, size):
+    assert asked.query_size(number, batch) == size
+    filled = -(-number // size) * size - number
+    assert filled < -(-number // size)
+
+
+def test_what_cannot_fit_in_memory_is_refused(nobody, monkeypatch):
+    monkeypatch.setattr(asked.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**8}))
+    with pytest.raises(ValueError, match=r"batch is None: a query would take about \d+.\d GB and 0.1 GB are free"):
+        private.infer(model(), torch.zeros(300, 1, 8, 8), "tuned")
+
+
+class Stubborn(nn.Module):
+    """Its trace is another network: what a Python `if` on the mode chose is fixed in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = self.linear(x.flatten(1))
+        return x if isinstance(x, torch.fx.Proxy) else x + 1
+
+
+@pytest.mark.processes
+def test_an_answer_is_judged_by_the_model_itself():
+    torch.manual_seed(0)
+    result = private.infer(Stubborn(), images(), "tuned")
+    assert not result.faithful and result.error == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.processes
+def test_a_network_in_double_and_images_with_a_gradient():
+    network = model().double()
+    before = deepcopy(network.state_dict())
+    result = private.infer(network, images().double().requires_grad_(), "tuned", batch=10**6)
+    assert result.error < 0.05
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_infer_in_a_fork_of_a_process_that_inferred():
+    code = (
+        "import os, torch\nfrom salvit_core import CCT, preset, private\n"
+        "m = CCT(preset('cct_2_3x1', 'SA L2Q', layers=1)); x = torch.zeros(1, 1, 8, 8)\n"
+        "print(private.infer(m, x, 'tuned', timeout=100).error < 0.05, flush=True)\n"
+        "child = os.fork()\n"
+        "print(private.infer(m, x, 'tuned', timeout=100).error < 0.05, flush=True)\n"
+        "if child == 0: os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["True"] * 3, done.stderr
+
+
+# Parties
+
+
+def said(role, words, folder, timeout=60):
+    """What a party says as it ends, one line, and how long that took."""
+    begin = time.monotonic()
+    done = subprocess.run([*PARTY, role, *words], capture_output=True, text=True, cwd=folder, timeout=timeout)
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr
+    return lines[-1], time.monotonic() - begin
+
+
+def alone(folder, role, **changes):
+    """A party's words, to a port where nobody is; `changes` of its options."""
+    words = [word for word in files(folder)[role] if word.partition("=")[0][2:] not in changes]
+    port = free_port("127.0.0.1")
+    common = [f"--meet=127.0.0.1:{port}", "--protocol=tuned"]
+    return common + words + [f"--{name}={value}" for name, value in changes.items()]
+
+
+@pytest.mark.parametrize(
+    "role, changes, message",
+    [
+        ("client", {"bits": 0}, "bits is 0: give 8 to 22, or None"),
+        ("client", {"bits": 40}, "bits is 40: give 8 to 22, or None"),
+        ("server", {"timeout": "nan"}, "timeout is nan: give a finite number"),
+        ("server", {"timeout": "-1"}, "timeout is -1.0: give a positive number"),
+        ("server", {"batch": 0}, "batch is 0: give 1 or more, or None"),
+        ("client", {"meet": "127.0.0.1:99999"}, "expected HOST:PORT"),
+        ("client", {"device": "tpu"}, "device is 'tpu': torch has none here"),
+    ],
+)
+def test_a_party_refuses_bad_options(capsys, tmp_path, role, changes, message):
+    with pytest.raises(SystemExit):
+        party.main([role, *alone(tmp_path, role, **changes)])
+    assert message in capsys.readouterr().err
+
+
+def write(path, what):
+    path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "role, option, what, message",
+    [
+        ("server", "weights", b"", "bad does not hold a state dict that torch.save wrote"),
+        ("server", "weights", b"\x80\x04N.", "bad does not hold a state dict that torch.save wrote"),
+        ("server", "weights", {"head.weight": torch.zeros(1)}, "the weights in bad do not fit the architecture"),
+        ("server", "weights", torch.zeros(3), "the weights in bad do not fit the architecture"),
+        ("client", "images", b"", "bad does not hold a tensor of images that torch.save wrote"),
+        ("client", "images", [1.0], "images are list: give a float32 tensor"),
+        ("client", "images", torch.zeros(1, 3, 8, 8), r"images have shape \(1, 3, 8, 8\): this network reads"),
+        ("client", "images", torch.zeros(1, 1, 16, 16), r"images have shape \(1, 1, 16, 16\): this network reads"),
+        ("client", "architecture", b"{", "bad is no configuration of a network in JSON"),
+        ("client", "architecture", b"[1]", "bad is no configuration of a network in JSON"),
+        ("client", "architecture", b'{"preset": "x"}', "bad is no configuration of a network in JSON"),
+    ],
+)
+def test_a_party_refuses_bad_files_before_it_meets_anybody(tmp_path, role, option, what, message):
+    words = alone(tmp_path, role, **{option: write(tmp_path / "bad", what)})
+    with pytest.raises(SystemExit, match=message):
+        party.main([role, *words])
+
+
+def test_a_server_refuses_weights_that_are_not_finite(tmp_path):
+    words = alone(tmp_path, "server")
+    path = next(word.partition("=")[2] for word in words if word.startswith("--weights="))
+    weights = torch.load(path)
+    weights["head.bias"][0] = float("nan")
+    torch.save(weights, path)
+    with pytest.raises(SystemExit, match="weights head.bias hold NaN or infinite values"):
+        party.main(["server", *words])
+
+
+@pytest.mark.processes
+def test_a_client_without_a_server_says_so(tmp_path):
+    words = alone(tmp_path, "client", timeout=6)
+    line, seconds = said("client", words, tmp_path)
+    assert "no server answered at 127.0.0.1:" in line and line.endswith("start it first")
+    assert seconds < 50
+
+
+@pytest.mark.processes
+def test_a_second_client_ends_with_its_time_and_the_first_is_served(tmp_path):
+    options, port = files(tmp_path), free_port("127.0.0.1")
+    common = [f"--meet=127.0.0.1:{port}", "--protocol=tuned"]
+    found = {}
+
+    def client(number):
+        words = [word for word in options["client"] if not word.startswith("--result")]
+        words += [f"--result={tmp_path / f'{number}.pt'}", f"--timeout={60 if number else 20}"]
+        command = [*PARTY, "client", *common, *words]
+        found[number] = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(2)]
+    for thread in clients:
+        thread.start()
+    server = subprocess.run(
+        [*PARTY, "server", *common, *options["server"]], capture_output=True, text=True, timeout=120
+    )
+    for thread in clients:
+        thread.join()
+    assert server.returncode == 0, server.stderr
+    ends = [found[number].returncode == 0 for number in range(2)]
+    assert sorted(ends) == [False, True]
+    left = found[ends.index(False)].stderr.strip().splitlines()[-1]
+    assert left.startswith("party 1 (client): ") and "server" in left
+
+
+@pytest.mark.processes
+def test_terms_that_are_none_are_refused(tmp_path):
+    """A stranger at stock's store, who says nothing that a party says."""
+    import torch.distributed as dist
+
+    port, options = free_port("127.0.0.1"), files(tmp_path)
+    command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store.set("client", json.dumps([1]))
+    _, errors = server.communicate(timeout=90)
+    assert server.returncode != 0 and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == "party 0 (server): the client sent no terms: it must be of this version"
+
+
+@pytest.mark.processes
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    """The launcher writes weights, images and graph for the parties to read."""
+
+    def full(self, what):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launch.Path, "write_bytes", full)
+    message = r"cannot write .*weights.pt \(No space left on device\): set TMPDIR to a folder with room"
+    with pytest.raises(private.PrivateInferenceError, match=message):
+        private.infer(model(), images(), "tuned")
+
+
+@pytest.mark.processes
+def test_partial_results_say_that_they_are(tmp_path):
+    seen = []
+    private.infer(model(), torch.zeros(3, 1, 8, 8), "tuned", batch=1, progress=seen.append)
+    assert seen and all(found["images"] == 3 for found in seen)
+    assert [found["complete"] for found in seen] == [
+        len(found["logits"]) == 3 and "violations" in found for found in seen
+    ]
