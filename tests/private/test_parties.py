@@ -12,6 +12,7 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -173,6 +174,17 @@ def test_what_would_not_be_private_is_refused(words, message):
     with pytest.raises(SystemExit) as caught:
         party.main([*CLIENT, *words])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_of_a_party_stays_in_the_process_that_called_it():
+    """Its time-out once ended a worker of these tests, ten minutes after a refusal."""
+    before, name = set(threading.enumerate()), Path("/proc/self/comm").read_text()
+    with pytest.raises(SystemExit):
+        party.main([*CLIENT, HERE, "--protocol=tuned", "--identity=x.pem"])
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert Path("/proc/self/comm").read_text() == name
 
 
 def test_a_pickled_architecture_is_not_read(tmp_path):

@@ -396,6 +396,15 @@ def _identity(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def _name(name: str) -> str:
+    """Have Linux list this process under another name; the one it had."""
+    had, comm = "", Path("/proc/self/comm")
+    with contextlib.suppress(OSError):
+        had = comm.read_text().strip()
+        comm.write_text(name)
+    return had
+
+
 def _leash() -> None:
     """End with the process that started this one, however that ends."""
     # The bare file descriptor: Python's own buffer would hold a lock that the interpreter needs to shut down.
@@ -404,9 +413,10 @@ def _leash() -> None:
     os._exit(2)
 
 
-def _give_up(who: str, seconds: float) -> None:
+def _give_up(who: str, seconds: float, over: threading.Event) -> None:
     """A thread, because the main one may be waiting in gloo for a peer that will never answer."""
-    time.sleep(seconds + 2)  # whoever can say better what it waits for speaks first
+    if over.wait(seconds + 2):  # whoever can say better what it waits for speaks first
+        return
     print(f"{who}: not done after {seconds:.0f} s", file=sys.stderr, flush=True)
     os._exit(3)
 
@@ -423,11 +433,11 @@ def main(argv: list[str] | None = None, launched: bool = False) -> None:
         return _identity(words[1:])
     args = _parse(words, launched)
     who = f"party {ROLES.index(args.role)} ({args.role})"
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(f"{args.role}:{(args.meet or args.dealer)[1]}")  # what Linux lists it as
+    named = _name(f"{args.role}:{(args.meet or args.dealer)[1]}")
     if args.leash:
         threading.Thread(target=_leash, daemon=True).start()
-    threading.Thread(target=_give_up, args=(who, args.timeout), daemon=True).start()
+    over = threading.Event()  # whoever called this may go on after it: then neither time nor name may stay behind
+    threading.Thread(target=_give_up, args=(who, args.timeout, over), daemon=True).start()
     try:
         if not launched:
             rendezvous.check(args)
@@ -440,6 +450,9 @@ def main(argv: list[str] | None = None, launched: bool = False) -> None:
             sys.exit(f"{who}: lost the connection to the other party ({text})")
         traceback.print_exc()
         sys.exit(f"{who}: {type(error).__name__}: {text}")
+    finally:
+        over.set()
+        _name(named)
 
 
 if __name__ == "__main__":
