@@ -10,7 +10,7 @@ from .exponential import exponentials
 from .maximum import largest, positive_part
 from .power import power
 from .product import quadratic, square
-from .truncate import times_rows
+from .truncate import times_rows, truncate
 
 ROW_SUM = (-7, 11)
 L2Q_SUM = (-12, 11)  # learnt c and d leave some rows with small scores only: 2^-10.1 in a trained CCT-7/3x1
@@ -105,10 +105,10 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     Functionality:
         Inputs: Scores shared; c and d, where they are learnt, of the server.
         Output: (d a + c)^2 / K, shared, and 1 / sum, which waits.
-        Opened: a - r, the masked sum and masked bits, to both; where c and d are learnt, theirs masked once per
-            session.
+        Opened: a - r, the masked sum and masked bits, to both; by `truncate`, the masked squares to the server, or to
+            both if there are few; where c and d are learnt, theirs masked once per session.
         Simulator: uniform words and bits.
-        Failure: 2^-33 a number, of the scores and of their squares; of 1 / sum 0.
+        Failure: 2^-33 a number of the scores; of their squares and of 1 / sum 0.
     """
     # The square has P's bits and twice these: with more, too few of the 64 would be left to truncate it safely.
     x = scores.settle().to(min(session.bits - 4, 11))
@@ -129,7 +129,9 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     y = quadratic(name, x, shape, coefficients, session.bits - 1)
     # The sum of K such squares is near one once they are divided by K.
     # As many bits more as the sum may be smaller than other normalisers'.
-    return normalised(Share(y.data, y.bits + down).to(session.bits + 10), module.dim, L2Q_SUM)
+    # Exactly: trained networks have scores whose squares a local truncation lost too often.
+    squares = truncate(Share(y.data, y.bits + down), session.bits + 10)
+    return normalised(squares, module.dim, L2Q_SUM)
 
 
 def l2q_domain(module: L2Q, a: torch.Tensor) -> list[Span]:
