@@ -175,11 +175,13 @@ def _recorded(graph: torch.fx.GraphModule, shape: tuple[int, ...], bits: int, re
         costs = session.tape.costs
     finally:
         session.begin(SERVER)
-    places = [(node.meta["layer"], node.meta["kind"]) for node in graph.graph.nodes] + [("head", "head")]
+    found = dict(zip(network.order, costs))
+    nodes = list(graph.graph.nodes)
+    places = [(node.meta["layer"], node.meta["kind"]) for node in nodes] + [("head", "head")]
     return [
         {
             **{"layer": layer, "kind": kind, "rounds": cost.rounds, "bytes": int(8 * cost.words)},
             **{"serial_bytes": 8 * cost.serial, "offline_bytes": 8 * cost.offline, "products": cost.products},
         }
-        for (layer, kind), cost in zip(places, costs, strict=True)
+        for (layer, kind), cost in zip(places, [*map(found.get, nodes), costs[-1]], strict=True)
     ]

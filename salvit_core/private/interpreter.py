@@ -1,5 +1,6 @@
 """A model's graph run node by node: on secret shares with every cost counted, or in the clear with domains checked."""
 
+import functools
 import hashlib
 import time
 from typing import Any
@@ -56,7 +57,7 @@ class SecretInterpreter(fx.Interpreter):
         self.secrets: dict[str, Any] = {}
         self.rows: list[dict] = []
         self._mark = (0.0, Traffic(0, 0.0, 0.0))
-        self._index = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self.order: list[fx.Node] = []  # as they started
         self._recording = False
 
     def share_weights(self, rank: int) -> None:
@@ -67,15 +68,82 @@ class SecretInterpreter(fx.Interpreter):
     def record(self, images):
         """Run the protocols on shapes alone, each node announced by its index, so that they can note their needs."""
         self._recording = True
-        result = self.run(images)
-        self._recording = False
-        return result
+        try:
+            return self.run(images)
+        finally:
+            self._recording = False
 
     def start(self) -> None:
         """Begin counting: both parties are ready and the clock starts."""
         self.rows = []
         self.protocol.reset()
         self._mark = (time.perf_counter(), Traffic(0, 0.0, 0.0))
+
+    def run(self, images):
+        """The graph on secret images, its nodes side by side where the protocol can."""
+        self.order, self._seconds, self._offline = [], {}, {}
+        with self.protocol.schedule(self._charge) as schedule:
+            if schedule is None:
+                return super().run(images)
+            result = self._side_by_side(schedule, images)
+        if not self._recording:
+            self._count_all()
+        self.kept = {name: parts for name, value in self.kept.items() if (parts := self.protocol.parts(value))}
+        return result
+
+    def _side_by_side(self, schedule, images):
+        """Start every node as soon as what it reads is there; forget that when nobody is left who reads it."""
+        nodes = list(self.module.graph.nodes)
+        missing = {node: len(node.all_input_nodes) for node in nodes}
+        readers = {node: len(node.users) for node in nodes}
+        self.env, self.args_iter = {}, iter([images])
+
+        def start(node: fx.Node) -> None:
+            schedule.start(len(self.order), functools.partial(work, node, len(self.order)))
+            self.order.append(node)
+
+        def work(node: fx.Node, index: int) -> None:
+            self.env[node] = self._run_one(node, index)
+            for read in node.all_input_nodes:
+                readers[read] -= 1
+                if not readers[read]:
+                    del self.env[read]
+            for reader in node.users:
+                missing[reader] -= 1
+                if not missing[reader]:
+                    start(reader)
+
+        for node in nodes:
+            if not missing[node]:
+                start(node)
+        schedule.run()
+        return self.env[nodes[-1]]
+
+    def _run_one(self, node: fx.Node, index: int):
+        if self._recording:
+            self.protocol.note(index)
+        else:
+            self.protocol.supply(index, str(node.target))
+            self._offline[index] = self.protocol.supplied()
+        result = getattr(self, node.op)(node.target, *self.fetch_args_kwargs_from_env(node))
+        if self.keep and not self._recording and node.op == "call_module":
+            self.kept[node.name] = result
+        return result
+
+    def _charge(self, index: int) -> None:
+        """All the time since the last call is of this node."""
+        (before, traffic), now = self._mark, time.perf_counter()
+        self._mark = now, traffic
+        self._seconds[index] = self._seconds.get(index, 0.0) + now - before
+
+    def _count_all(self) -> None:
+        """A row for every node, in the order of the graph."""
+        started = {node: index for index, node in enumerate(self.order)}
+        for node in self.module.graph.nodes:
+            index = started[node]
+            spent, seconds = self.protocol.spent(index), self._seconds.get(index, 0.0)
+            self._row(node.meta["layer"], node.meta["kind"], seconds, spent, self._offline[index])
+        self._mark = self._mark[0], self.protocol.traffic()
 
     def count(self, layer: str, kind: str, offline: tuple[float, int] = (0.0, 0)) -> None:
         """Charge all that happened since the last call to one layer and kind, so that the rows add up to the whole.
@@ -84,14 +152,17 @@ class SecretInterpreter(fx.Interpreter):
         """
         seconds, before = self._mark
         self._mark = now, after = time.perf_counter(), self.protocol.traffic()
+        self._row(layer, kind, now - seconds, Traffic(*(b - a for a, b in zip(before, after))), offline)
+
+    def _row(self, layer: str, kind: str, seconds: float, spent: Traffic, offline: tuple[float, int]) -> None:
         self.rows.append(
             {
                 "layer": layer,
                 "kind": kind,
-                "seconds": now - seconds,
-                "rounds": int(after.rounds - before.rounds),
-                "bytes": int(after.bytes - before.bytes),
-                "serial_bytes": int(after.serial - before.serial),
+                "seconds": seconds,
+                "rounds": int(spent.rounds),
+                "bytes": int(spent.bytes),
+                "serial_bytes": int(spent.serial),
                 "offline_seconds": offline[0],
                 "offline_bytes": offline[1],
             }
@@ -108,11 +179,13 @@ class SecretInterpreter(fx.Interpreter):
             row["server_seconds"], row["offline_seconds"] = seconds, min(offline, row["seconds"])
 
     def run_node(self, node: fx.Node):
-        """Run one node and charge it to its place in the network."""
+        """Run one node after those before it, and charge it to its place in the network."""
+        index = len(self.order)
+        self.order.append(node)
         if self._recording:
-            self.protocol.note(self._index[node])
+            self.protocol.note(index)
             return super().run_node(node)
-        self.protocol.supply(self._index[node], str(node.target))
+        self.protocol.supply(index, str(node.target))
         result = super().run_node(node)
         if self.keep and node.op == "call_module" and (parts := self.protocol.parts(result)):
             self.kept[node.name] = parts

@@ -1,8 +1,9 @@
 """What a protocol is: one entry per operation, and what a party does before, between and after them."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -128,8 +129,17 @@ class Protocol(ABC):
         """Instead of queries: keep what a dealer deals for them, where a protocol can."""
         raise NotImplementedError(f"{self.name} deals as it goes")  # `parties.party` refuses it before
 
+    @contextlib.contextmanager
+    def schedule(self, charge: Callable[[int], None]) -> Iterator[Any]:
+        """Within it: what runs a graph's nodes side by side, where a protocol can; None for one after the other.
+
+        Args:
+            charge: called with a node's index when it did something.
+        """
+        yield None
+
     def note(self, index: int) -> None:  # noqa: B027  not every protocol runs on shapes
-        """While shapes alone are run: what follows belongs to the node of this index."""
+        """While shapes alone are run: what follows belongs to the node of this index, in the order of their starts."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -165,6 +175,10 @@ class Protocol(ABC):
     @abstractmethod
     def supplied(self) -> tuple[float, int]:
         """Seconds that dealing for the last node took, and bytes that only a third party would send."""
+
+    def spent(self, index: int) -> Traffic:
+        """Of the node of this index in this query, from a protocol that runs them side by side."""
+        raise NotImplementedError(f"{self.name} runs one node after the other")
 
     @abstractmethod
     def share_images(self, images: torch.Tensor | None, shape: tuple[int, ...]) -> Any:

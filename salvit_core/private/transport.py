@@ -53,24 +53,21 @@ class Channel:
 
     def send(self, tensor: torch.Tensor) -> None:
         """Send a contiguous tensor; the other receives one as large."""
-        view = _bytes(tensor)
-        self._move(out=view)
-        self._count(view.nbytes, 0)
+        self.exchange(tensor, None)
 
     def receive(self, into: torch.Tensor) -> torch.Tensor:
         """Fill a contiguous tensor with what the other sends."""
-        view = _bytes(into)
-        self._move(into=view)
-        self._count(0, view.nbytes)
+        self.exchange(None, into)
         return into
 
-    def swap(self, ours: torch.Tensor) -> torch.Tensor:
-        """Send a contiguous tensor and receive another of its shape and kind, both ways at once."""
-        theirs = torch.empty_like(ours)
-        view = _bytes(ours)
-        self._move(view, _bytes(theirs))
-        self._count(view.nbytes, view.nbytes)
-        return theirs
+    def exchange(self, ours: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor | None:
+        """Send a contiguous tensor and fill another, both at once; or one of the two."""
+        out, theirs = (None if each is None else _bytes(each) for each in (ours, into))
+        self._move(out, theirs)
+        self.rounds += 1
+        self.sent += 0 if out is None else out.nbytes
+        self.received += 0 if theirs is None else theirs.nbytes
+        return into
 
     def barrier(self) -> None:
         """Wait until the other is here, too. Not counted."""
@@ -102,11 +99,6 @@ class Channel:
     def close(self) -> None:
         """End the connection."""
         self._socket.close()
-
-    def _count(self, sent: int, received: int) -> None:
-        self.rounds += 1
-        self.sent += sent
-        self.received += received
 
     def _move(self, out: memoryview | None = None, into: memoryview | None = None) -> None:
         """Send all of one buffer and fill the other, whichever can go on: waiting for one alone could lock both up."""

@@ -36,7 +36,9 @@ def test_logits(name):
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         logits = model(torch.randn(2, 1, 8, 8, generator=generator, dtype=torch.float64))
-    torch.testing.assert_close(logits.flatten(), torch.tensor(UNCHANGED["logits"][name]).double(), rtol=1e-6, atol=1e-9)
+    # Performer's features are made orthogonal in float32, whose last bits are the processor's.
+    rtol = 1e-5 if name.startswith("performer") else 1e-6
+    torch.testing.assert_close(logits.flatten(), torch.tensor(UNCHANGED["logits"][name]).double(), rtol=rtol, atol=1e-9)
 
 
 @pytest.mark.parametrize("row", UNCHANGED["costs"])

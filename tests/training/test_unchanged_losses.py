@@ -70,6 +70,8 @@ def test_losses(name, data, request):
     expected = UNCHANGED[name]
     for epoch, facts in zip(expected["epochs"], found["history"], strict=True):
         for part, value in epoch.items():
-            tolerance = dict(abs=2.0) if part.endswith("accuracy") else dict(rel=2e-4)
+            # A divergence of logits that are nearly equal is a small difference of large numbers, in float32.
+            rounding = 1e-7 if part == "distill_logits" else 0.0
+            tolerance = dict(abs=2.0) if part.endswith("accuracy") else dict(rel=2e-4, abs=rounding)
             assert facts[part] == pytest.approx(value, **tolerance), part
     assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=2e-4)

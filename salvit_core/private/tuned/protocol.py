@@ -1,5 +1,6 @@
 """The table of gates, a cheaper order of a graph, and what a party does before, between and after its operations."""
 
+import contextlib
 import operator
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from ..protocol import CLIENT, LAYOUT, LIMIT, LINEAR, ROLES, SERVER, Protocol, T
 from ..reserve import Reserve
 from ..transport import Channel, TransportError
 from .arithmetic.randomness import Dealing, Keys, new_key, packed, unpacked
+from .arithmetic.schedule import Schedule
 from .arithmetic.share import BITS, Share, Weight, keep_memory, session
 from .gates.answer import answer
 from .gates.curve import check, gelu, gelu_domain
@@ -219,13 +221,23 @@ class Tuned(Protocol):
     def record(self, network, shape: tuple, reveal: str) -> None:
         """Run a query on shapes alone: what it needs of the dealer, and sends, comes to be on the session's tape."""
         logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
-        session.tape.begin()
+        self.note(len(session.tape.calls))
         self.reveal = reveal
         session.send(answer(logits, reveal).data)
 
+    @contextlib.contextmanager
+    def schedule(self, charge: Callable[[int], None]) -> Iterator[Schedule | None]:
+        """Within it, nodes run side by side and their openings travel together."""
+        session.schedule = Schedule(session.step, charge)
+        try:
+            yield session.schedule
+        finally:
+            session.schedule = None
+
     def note(self, index: int) -> None:
-        """While recording: what follows belongs to the node of this index."""
+        """While recording: what follows belongs to the node that starts now, as this many did before."""
         session.tape.begin()
+        session.node = index
 
     def reset(self) -> None:
         """A query begins, once both parties are here."""
@@ -237,7 +249,7 @@ class Tuned(Protocol):
             self.lying = deque(map(self._dealt, range(len(session.tape.calls))))
         session.channel.barrier()
         session.channel.reset()
-        session.serial = 0
+        session.serial, session.spent = 0, {}
 
     def _drawn(self, reserve: Reserve) -> Keys:
         """The next query that neither party ever drew: this party's key; the server's corrections lie ready."""
@@ -302,18 +314,22 @@ class Tuned(Protocol):
 
         Where it is dealt now, both parties wait for each other, so that what follows is online alone.
         """
-        session.place, start = place, time.perf_counter()
+        session.node, session.places[index], start = index, place, time.perf_counter()
         if self.ahead:
-            session.ready = self.lying.popleft()
+            session.ready[index] = self.lying.popleft()
         elif session.tape.calls[index]:
-            session.ready = self._dealt(index)
+            session.ready[index] = self._dealt(index)
             assert session.channel is not None
             session.channel.barrier()
-        session.supplied = time.perf_counter() - start, 8 * session.tape.costs[index].offline
+        self._supplied = time.perf_counter() - start, 8 * session.tape.costs[index].offline
 
     def supplied(self) -> tuple[float, int]:
         """Seconds that dealing for the last node took, and bytes of corrections, which a third party would send."""
-        return session.supplied
+        return self._supplied
+
+    def spent(self, index: int) -> Traffic:
+        """Of the node of this index alone, in this query."""
+        return session.spent.get(index, Traffic(0, 0.0, 0.0))
 
     def share_images(self, images: torch.Tensor | None, shape: tuple) -> Share:
         """The client's images. Nothing is sent: the server's part is zero, and a first product masks the client's."""

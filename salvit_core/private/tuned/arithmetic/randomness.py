@@ -235,6 +235,8 @@ class Cost:
 class Tape:
     """What a network will need of the dealer, in order: found by running its protocols on shapes alone.
 
+    Nodes are in the order in which they start, which is the same whenever the graph runs.
+
     Attributes:
         weights: name to shape of every weight that is masked for the session.
         calls: for every node of the graph, the correlations to deal: (name, arguments).
@@ -250,12 +252,6 @@ class Tape:
         """What follows belongs to the next node."""
         self.calls.append([])
         self.costs.append(Cost())
-
-    def message(self, words: int, ways: int) -> None:
-        """Of the node: a message, one way or both ways at once."""
-        cost = self.costs[-1]
-        cost.rounds, cost.serial = cost.rounds + 1, cost.serial + words
-        cost.words += words * ways / 2
 
     def deal(self, dealing: Dealing, node: int) -> deque:
         """The correlations of a node, ready to be used."""

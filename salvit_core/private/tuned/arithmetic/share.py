@@ -14,14 +14,17 @@ import ctypes
 import math
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
+from ...protocol import Traffic
 from ...transport import Channel
 from .randomness import CORRELATIONS, SERVER, Dealing, Tape
 from .ring import Factor
+from .schedule import Later, Schedule, Task
 
 BITS = 13  # fractional bits of an activation and of a weight
 
@@ -111,14 +114,19 @@ class Share:
 class Waiting(NamedTuple):
     """A factor that waits for its product: truncated, exactly, when it is opened for it."""
 
-    share: Share
+    factor: Share | Later
     bits: int  # fractional bits that it will have
     gate: Callable[[Share, "Waiting"], Share]  # the product that it waits for
 
     @property
+    def share(self) -> Share:
+        """The factor, which is asked for last: other openings may go before."""
+        return self.factor if isinstance(self.factor, Share) else self.factor.result()
+
+    @property
     def shape(self) -> torch.Size:
         """Shape of the secret."""
-        return self.share.shape
+        return self.factor.shape
 
 
 class Weight:
@@ -143,6 +151,14 @@ class Weight:
 # The session
 
 
+class Said(NamedTuple):
+    """What one node sends and is to receive in one message."""
+
+    node: int
+    says: Sequence[torch.Tensor]
+    hears: Sequence[torch.Size]
+
+
 class Session:
     """One party's side: the dealer's supplies, the weights' masks, the messages. Set up by `begin`.
 
@@ -152,6 +168,8 @@ class Session:
         audit: if a list, every message that this party receives is appended to it.
         link: delays each message, where a link is emulated; see `links`.
         channel: the connection to the other party, which counts what passes.
+        schedule: runs the nodes of a graph side by side, while it does; see `schedule`.
+        spent: what each node, by its place on the tape, sent and received in this query.
         device: where this party's tensors are. Messages leave from the processor's memory, and come there.
     """
 
@@ -167,8 +185,12 @@ class Session:
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.clear: dict[str, torch.Tensor] = {}
         self.factors: dict[str, Factor | torch.Tensor] = {}
-        self.ready: deque = deque()
-        self.supplied, self.serial, self.place = (0.0, 0), 0, ""
+        self.schedule: Schedule | None = None
+        self.node = 0  # the one that runs, by its place on the tape, where one runs after the other
+        self.ready: dict[int, deque] = {}
+        self.places: dict[int, str] = {}
+        self.spent: dict[int, Traffic] = {}
+        self.serial = 0
         self.check = False
         self.violations: dict[str, bool] = {}
         self.audit: list | None = None
@@ -177,13 +199,29 @@ class Session:
 
     def correlation(self, name: str, *arguments):
         """What the dealer has for this call; while recording, the call is noted and only shapes come back."""
+        node = self.here()
         if self.recording:
-            self.tape.calls[-1].append((name, arguments))
+            self.tape.calls[node].append((name, arguments))
             before = self.meta.corrected
             made = CORRELATIONS[name](self.meta, *arguments)
-            self.tape.costs[-1].offline += self.meta.corrected - before
+            self.tape.costs[node].offline += self.meta.corrected - before
             return made
-        return self.ready.popleft()
+        return self.ready[node].popleft()
+
+    def here(self) -> int:
+        """The node that runs, by its place on the tape."""
+        return self.node if self.schedule is None else self.schedule.node()
+
+    @property
+    def place(self) -> str:
+        """Where in the network the node is that runs."""
+        return self.places.get(self.here(), "")
+
+    def later(self, make: Callable[[], Share], shape: torch.Size) -> Later:
+        """What `make` gives, of this shape: made beside what else there is to do, or now where nothing is."""
+        if self.schedule is None:
+            return Later(shape).become(make())
+        return self.schedule.start(self.here(), make, shape)
 
     def known(self, name: str, shape: tuple, make) -> torch.Tensor | None:
         """An integer tensor that the server makes from its weights, masked for the session; None at the client."""
@@ -219,39 +257,55 @@ class Session:
 
     def swap(self, *ours: torch.Tensor) -> list[torch.Tensor]:
         """Send tensors and receive the other's of the same shapes, in one message each way at once. One round."""
-        if self.recording:
-            self.tape.message(sum(x.numel() for x in ours), 2)
-            return [torch.empty_like(x) for x in ours]
-        assert self.channel is not None  # a session has begun
-        theirs = self.channel.swap(_flat(ours).cpu())
-        self._log(theirs)
-        return _split(theirs.to(self.device), [x.shape for x in ours])
+        return self._exchange(ours, [x.shape for x in ours])
 
     def send(self, *ours: torch.Tensor) -> None:
         """Send tensors; the other calls `receive`. One round."""
-        if self.recording:
-            return self.tape.message(sum(x.numel() for x in ours), 1)
-        assert self.channel is not None
-        flat = _flat(ours).cpu()
-        self.channel.send(flat)
-        self._log(flat, received=False)
+        self._exchange(ours, ())
 
     def receive(self, *shapes: torch.Size) -> list[torch.Tensor]:
         """Receive tensors of these shapes."""
-        if self.recording:
-            self.tape.message(sum(shape.numel() for shape in shapes), 1)
-            return [torch.empty(shape, dtype=torch.int64, device="meta") for shape in shapes]
-        assert self.channel is not None
-        theirs = self.channel.receive(torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.int64))
-        self._log(theirs)
-        return _split(theirs.to(self.device), shapes)
+        return self._exchange((), shapes)
 
-    def _log(self, message: torch.Tensor, received: bool = True) -> None:
-        self.serial += 8 * message.numel()
-        if self.link is not None and received:
-            self.link.wait(8 * message.numel())
-        if self.audit is not None and received:
-            self.audit.append(message.clone())
+    def _exchange(self, says: Sequence[torch.Tensor], hears: Sequence[torch.Size]) -> list[torch.Tensor]:
+        if self.schedule is not None:
+            return self.schedule.exchange(says, hears)
+        return self.step([Said(self.node, says, hears)])[0]
+
+    def step(self, parts: "Sequence[Said | Task]") -> list[list[torch.Tensor]]:
+        """One message, or one each way at once, of all that several nodes have to say and are to hear.
+
+        The round is the first one's, and so is what this message adds to what follows on the way.
+        """
+        sizes = [(sum(x.numel() for x in part.says), sum(map(torch.Size.numel, part.hears))) for part in parts]
+        serial = max(map(sum, zip(*sizes)))
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            first = i == 0
+            if self.recording:
+                cost = self.tape.costs[part.node]
+                cost.rounds, cost.serial = cost.rounds + first, cost.serial + first * serial
+                cost.words += sum(size) / 2
+            else:
+                before = self.spent.get(part.node, Traffic(0, 0.0, 0.0))
+                more = Traffic(int(first), 4.0 * sum(size), 8.0 * serial * first)
+                self.spent[part.node] = Traffic(*map(sum, zip(before, more)))
+        says = [x for part in parts for x in part.says]
+        hears = [shape for part in parts for shape in part.hears]
+        if self.recording:
+            found = [torch.empty(shape, dtype=torch.int64, device="meta") for shape in hears]
+        else:
+            assert self.channel is not None  # a session has begun
+            into = torch.empty(sum(shape.numel() for shape in hears), dtype=torch.int64) if hears else None
+            theirs = self.channel.exchange(_flat(says).cpu() if says else None, into)
+            self.serial += 8 * serial
+            if theirs is not None:
+                if self.link is not None:
+                    self.link.wait(8 * theirs.numel())
+                if self.audit is not None:
+                    self.audit.append(theirs.clone())
+            found = [] if theirs is None else _split(theirs.to(self.device), hears)
+        rest = iter(found)
+        return [list(islice(rest, len(part.hears))) for part in parts]
 
     def reveal(self, *ours: torch.Tensor) -> list[torch.Tensor]:
         """Open masked values: both parties learn the sums."""

@@ -30,7 +30,7 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
     if session.recording:
         # What each number of the result is a sum of: a row of the matrix, a kernel of the convolution.
         summed = value.shape[1:] if operation[0] == "conv" else value.shape[-1:] if operation[0] != "multiply" else ()
-        session.tape.costs[-1].products += torch.Size(out).numel() * torch.Size(summed).numel()
+        session.tape.costs[session.here()].products += torch.Size(out).numel() * torch.Size(summed).numel()
     if session.rank == CLIENT:
         session.send(x.data - r)
         return Share(share, x.bits + bits)

@@ -5,6 +5,7 @@ import torch
 from ....models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from ...domains import Span, spans, spread, within_octaves
 from ..arithmetic.ring import log2_above
+from ..arithmetic.schedule import Later
 from ..arithmetic.share import Share, Waiting, scaled, session
 from .exponential import exponentials
 from .maximum import largest, positive_part
@@ -18,9 +19,13 @@ L1_SUM = (-10, 6)
 
 
 def normalised(weights: Share, dim: int, octaves: tuple[int, int], extra: int = 0, nonzero: bool = True) -> Share:
-    """Weights that still wait for the reciprocal of their sum."""
+    """Weights that still wait for the reciprocal of their sum, which is found while they meet the values."""
     total = Share(weights.data.sum(dim, keepdim=True), weights.bits)
-    inverse = power(total, -1.0, octaves, nonzero=nonzero)
+    inverse = session.later(lambda: power(total, -1.0, octaves, nonzero=nonzero), total.shape)
+    return _waiting(weights, inverse, extra)
+
+
+def _waiting(weights: Share, inverse: Later, extra: int = 0) -> Share:
     return Share(weights.data, weights.bits, Waiting(inverse, session.bits + 1 + extra, times_rows))
 
 
@@ -105,8 +110,9 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     Functionality:
         Inputs: Scores shared; c and d, where they are learnt, of the server.
         Output: (d a + c)^2 / K, shared, and 1 / sum, which waits.
-        Opened: a - r, the masked sum and masked bits, to both; by `truncate`, the masked squares to the server, or to
-            both if there are few; where c and d are learnt, theirs masked once per session.
+        Opened: a - r, the masked sum and masked bits, to both; by `truncate`, the masked sum to both, the masked
+            squares to the server, or to both if there are few; where c and d are learnt, theirs masked once per
+            session.
         Simulator: uniform words and bits.
         Failure: 2^-33 a number of the scores; of their squares and of 1 / sum 0.
     """
@@ -128,10 +134,13 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
 
     y = quadratic(name, x, shape, coefficients, session.bits - 1)
     # The sum of K such squares is near one once they are divided by K.
+    squares = Share(y.data, y.bits + down)
+    total = Share(squares.data.sum(module.dim, keepdim=True), squares.bits)
     # As many bits more as the sum may be smaller than other normalisers'.
+    bits = session.bits + 10
+    inverse = session.later(lambda: power(truncate(total, bits), -1.0, L2Q_SUM), total.shape)
     # Exactly: trained networks have scores whose squares a local truncation lost too often.
-    squares = truncate(Share(y.data, y.bits + down), session.bits + 10)
-    return normalised(squares, module.dim, L2Q_SUM)
+    return _waiting(truncate(squares, bits), inverse)
 
 
 def l2q_domain(module: L2Q, a: torch.Tensor) -> list[Span]:

@@ -81,7 +81,7 @@ def matmul(module: MatMul, secret: dict, left: Share | Weight, right: Share | We
     out = torch.Size((*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]))
     a, b, share = session.correlation("matmul", tuple(left.shape), tuple(right.shape), tuple(out))
     if session.recording:
-        session.tape.costs[-1].products += out.numel() * left.shape[-1]
+        session.tape.costs[session.here()].products += out.numel() * left.shape[-1]
     e, f = session.reveal(left.data - a, right.data - b)
     y = product(e, b + f if session.serving else b).add_(product(a, f)).add_(share)
     y = Share(y, left.bits + right.bits)
