@@ -10,8 +10,15 @@ Accuracy is measured on the test images of the network that profile `quick` trai
 """
 
 import argparse
+import contextlib
+import os
 import statistics
+import tempfile
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -19,6 +26,7 @@ from salvit_core import CCT, preset, private, workspace
 from salvit_core.experiments import execute, profiles, store
 from salvit_core.experiments.runs import EvaluationRun
 from salvit_core.private import LINKS
+from salvit_core.private.parties import forks
 
 METHODS = ("SAL-ViT B=3", "SA softmax")
 VARIANTS: dict[str, dict[str, str]] = {
@@ -28,6 +36,44 @@ VARIANTS: dict[str, dict[str, str]] = {
     "tuned, TTP": {"protocol": "tuned", "provider": "TTP"},
 }
 WAN = "WAN (Cheetah)"
+
+# What stock would be with one thing changed: run in each of its parties before it begins.
+ABLATIONS = {
+    "stock, tuned's ring products": """
+from salvit_core.private.tuned.arithmetic import ring
+
+def matmul(a, b, before=torch.matmul):
+    return ring.product(a, b) if a.dtype == b.dtype == torch.int64 else before(a, b)
+
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, before=torch.conv2d):
+    if x.dtype != torch.int64:
+        return before(x, weight, bias, stride, padding, dilation, groups)
+    pairs = [p if isinstance(p, tuple) else (p, p) for p in (stride, padding)]
+    operation = ("conv", tuple(weight.shape[2:]), *pairs)
+    side = [(x.shape[2 + i] + 2 * pairs[1][i] - weight.shape[2 + i]) // pairs[0][i] + 1 for i in (0, 1)]
+    return ring.apply(operation, x, ring.prepared(operation, weight)).transpose(1, 2).unflatten(2, side)
+
+torch.matmul, torch.conv2d = matmul, conv2d
+""",
+    # Newton's starting value 3 exp(1 - 2 x) + 0.003 holds to 64; row sums reach 256, for which it is divided first.
+    "stock, a reciprocal that holds": """
+from crypten import MPCTensor
+
+def reciprocal(self, *given, before=MPCTensor.reciprocal, **more):
+    return before(self / 8, *given, **more) / 8
+
+MPCTensor.reciprocal = reciprocal
+""",
+}
+HOOK = """
+import os, sys, threading
+
+def changed():
+    if {{"server", "client"}} & set(sys.argv):
+        import torch
+{code}
+os.register_at_fork(after_in_child=changed)
+"""
 
 
 def floors(config) -> dict[str, float]:
@@ -88,6 +134,38 @@ def measure(name: str, turns: int) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def changed(code: str) -> Iterator[None]:
+    """Parties that are started within it run some code first."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(forks, "_here", None):
+        Path(folder, "sitecustomize.py").write_text(HOOK.format(code=textwrap.indent(code, " " * 8)))
+        path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            yield
+
+
+def ablations(name: str, turns: int) -> list[dict]:
+    """Stock as it is and with each change, turn and turn about."""
+    torch.manual_seed(0)
+    model = CCT(preset(name, METHODS[0].replace("B=3", "B=1") if name == "cct_2_3x1" else METHODS[0]))
+    images = torch.randn(1, model.config.channels, model.config.image, model.config.image)
+    found = defaultdict(list)
+    for _ in range(turns):
+        for variant, code in {"stock": "pass", **ABLATIONS}.items():
+            with changed(code):
+                found[variant].append(private.infer(model, images, "stock", timeout=1800))
+    return [
+        {
+            "variant": variant,
+            "seconds": statistics.median(result.seconds for result in results),
+            "faithful": all(result.faithful for result in results),
+            "largest_error": max(result.error for result in results),
+            "violations": len({line.split(":")[0] for result in results for line in result.violations}),
+        }
+        for variant, results in found.items()
+    ]
+
+
 def batching(name: str, turns: int) -> dict:
     """Seconds per image of one query of 1 and of 8 images on loopback and over an emulated WAN, `tuned`."""
     torch.manual_seed(0)
@@ -129,6 +207,10 @@ def markdown(report: dict) -> str:
         cells = (row["method"], row["variant"], seconds, f"{row['offline_seconds']:.2f}", row["rounds"])
         megabytes = f"{row['bytes'] / 1e6:.0f} | {row['dealer_bytes'] / 1e6:.0f}"
         lines.append("| " + " | ".join(map(str, cells)) + f" | {megabytes} | {error} |")
+    lines += ["", "| SAL-ViT B=3, what stock would be | seconds | logits' error |", "|---|---|---|"]
+    for row in report["ablations"]:
+        error = f"{row['largest_error']:.2g}" + ("" if row["faithful"] else ", not faithful")
+        lines.append(f"| {row['variant']} | {row['seconds']:.2f} | {error} |")
     lines += ["", "| target | wanted | measured |", "|---|---|---|"]
     lines += [f"| {name} | {wanted} | {measured} |" for name, wanted, measured in report["targets"]]
     return "\n".join(lines)
@@ -193,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
         "network": name,
         "turns": 1 if options.quick else options.turns,
         "rows": measure(name, 1 if options.quick else options.turns),
+        "ablations": ablations(name, 1 if options.quick else options.turns),
         "batching": batching(name, 1 if options.quick else options.turns),
         "accuracy": {k: v for k, v in accuracy(16 if options.quick else 256).items() if k != "history"},
         "device_name": f"{machine['processor']}, {machine['cores']} cores",

@@ -183,5 +183,5 @@ def _recorded(graph: torch.fx.GraphModule, shape: tuple[int, ...], bits: int, re
             **{"layer": layer, "kind": kind, "rounds": cost.rounds, "bytes": int(8 * cost.words)},
             **{"serial_bytes": 8 * cost.serial, "offline_bytes": 8 * cost.offline, "products": cost.products},
         }
-        for (layer, kind), cost in zip(places, [*map(found.get, nodes), costs[-1]], strict=True)
+        for (layer, kind), cost in zip(places, [*(found[node] for node in nodes), costs[-1]], strict=True)
     ]

@@ -96,7 +96,8 @@ class SecretInterpreter(fx.Interpreter):
         nodes = list(self.module.graph.nodes)
         missing = {node: len(node.all_input_nodes) for node in nodes}
         readers = {node: len(node.users) for node in nodes}
-        self.env, self.args_iter = {}, iter([images])
+        self.env: dict[fx.Node, Any] = {}
+        self.args_iter = iter([images])
 
         def start(node: fx.Node) -> None:
             schedule.start(len(self.order), functools.partial(work, node, len(self.order)))
@@ -152,7 +153,8 @@ class SecretInterpreter(fx.Interpreter):
         """
         seconds, before = self._mark
         self._mark = now, after = time.perf_counter(), self.protocol.traffic()
-        self._row(layer, kind, now - seconds, Traffic(*(b - a for a, b in zip(before, after))), offline)
+        rounds, size, serial = (b - a for a, b in zip(before, after))
+        self._row(layer, kind, now - seconds, Traffic(int(rounds), size, serial), offline)
 
     def _row(self, layer: str, kind: str, seconds: float, spent: Traffic, offline: tuple[float, int]) -> None:
         self.rows.append(
@@ -160,7 +162,7 @@ class SecretInterpreter(fx.Interpreter):
                 "layer": layer,
                 "kind": kind,
                 "seconds": seconds,
-                "rounds": int(spent.rounds),
+                "rounds": spent.rounds,
                 "bytes": int(spent.bytes),
                 "serial_bytes": int(spent.serial),
                 "offline_seconds": offline[0],

@@ -68,7 +68,7 @@ def test_large_messages_both_ways_at_once(channels):
     """Far more than the sockets hold: who sent all before reading would wait for ever."""
     ours = {channel: torch.randint(-(2**62), 2**62, (3_000_001,)) for channel in channels}
     for _ in range(3):
-        theirs = both(lambda channel: channel.swap(ours[channel]), channels)
+        theirs = both(lambda channel: channel.exchange(ours[channel], torch.empty_like(ours[channel])), channels)
         assert torch.equal(theirs[0], ours[channels[1]]) and torch.equal(theirs[1], ours[channels[0]])
     for channel in channels:
         assert (channel.rounds, channel.sent, channel.received) == (3, 3 * 24_000_008, 3 * 24_000_008)
@@ -99,14 +99,14 @@ def test_a_peer_that_leaves_is_named(channels):
     client.close()
     with pytest.raises(TransportError, match="lost the connection to the other party, the client") as caught:
         for _ in range(20):
-            server.swap(torch.zeros(100_000, dtype=torch.int64))
+            server.exchange(torch.zeros(100_000, dtype=torch.int64), torch.empty(100_000, dtype=torch.int64))
     assert "\n" not in str(caught.value)
 
 
 def test_a_silent_peer_is_not_waited_for_beyond_the_deadline(channels):
     channels[0].deadline = time.monotonic() + 0.3
     with pytest.raises(TransportError, match="the client did not answer in time"):
-        channels[0].swap(torch.zeros(3_000_000, dtype=torch.int64))
+        channels[0].exchange(torch.zeros(3_000_000, dtype=torch.int64), torch.empty(3_000_000, dtype=torch.int64))
     assert time.monotonic() - channels[0].deadline < 5
 
 

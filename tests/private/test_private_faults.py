@@ -172,10 +172,11 @@ def cut():
     while not peers():
         time.sleep(0.05)
     time.sleep(1)
-    for connection in peers():
-        socket.socket(fileno=os.dup(connection.fd)).shutdown(socket.SHUT_RDWR)
-    with open({path!r}, "w") as file:
+    found = peers()
+    with open({path!r}, "w") as file:  # first: this process ends as soon as it sees the loss
         print(time.monotonic(), file=file)
+    for connection in found:
+        socket.socket(fileno=os.dup(connection.fd)).shutdown(socket.SHUT_RDWR)
 
 threading.Thread(target=cut, daemon=True).start()
 """

@@ -359,7 +359,7 @@ ROUNDS = {
     "exponential": (operations.Exponential(2), 4 * 2 + 4),
     "2quad": (TwoQuad(), 1 + 3),
     "2relu": (TwoReLU(), 3 + 3),
-    "l2q": (L2Q(), 1 + 3),
+    "l2q": (L2Q(), 1 + 1 + 3 + 1),  # of a few numbers, one thing after the other; on a graph the sums go beside
     "scaling": (Scaling(), 0),
     "l1": (L1(), 3),
     "squared norm": (operations.SquaredNorm(), 1),
@@ -985,13 +985,13 @@ def test_bytes_of_a_layer_at_paper_size():
     floors = {
         "projection": 2 * tokens * width,  # of queries, keys and values at once, and of the heads
         "scores": 2 * tokens * width,
-        "normaliser": heads * tokens**2 + heads * tokens,
+        "normaliser": (1 + 1 / 2 + 1 / 128) * heads * tokens**2 + heads * tokens,  # scores, and squares cut exactly
         "values": tokens * width + heads * tokens**2,
         "MLP": tokens * width + tokens * hidden,
     }
     words = result.operations.groupby("kind", observed=True)["bytes"].sum() / 8
     factor = {kind: words[kind] / floor for kind, floor in floors.items()}
-    # 1.05 for the normaliser, 1.2 for the values, whose rows are multiplied by reciprocals after; others 1 or 0.5.
+    # 1.07 for the normaliser, 1.2 for the values, whose rows are multiplied by reciprocals after; others 1 or 0.5.
     assert max(factor.values()) <= 1.3, factor
 
 

@@ -34,7 +34,7 @@ from ..domains import Span
 from ..protocol import CLIENT, LAYOUT, LIMIT, LINEAR, ROLES, SERVER, Protocol, Traffic
 from ..reserve import Reserve
 from ..transport import Channel, TransportError
-from .arithmetic.randomness import Dealing, Keys, new_key, packed, unpacked
+from .arithmetic.randomness import Cost, Dealing, Keys, new_key, packed, unpacked
 from .arithmetic.schedule import Schedule
 from .arithmetic.share import BITS, Share, Weight, keep_memory, session
 from .gates.answer import answer
@@ -329,7 +329,8 @@ class Tuned(Protocol):
 
     def spent(self, index: int) -> Traffic:
         """Of the node of this index alone, in this query."""
-        return session.spent.get(index, Traffic(0, 0.0, 0.0))
+        cost = session.spent.get(index, Cost())
+        return Traffic(cost.rounds, 8 * cost.words, 8 * cost.serial)
 
     def share_images(self, images: torch.Tensor | None, shape: tuple) -> Share:
         """The client's images. Nothing is sent: the server's part is zero, and a first product masks the client's."""

@@ -1,8 +1,8 @@
-"""Independent openings travel together: tasks run in turn until each waits for the other party, then all speak at once.
+"""Independent openings travel together: tasks run until each waits for the other party, then all speak at once.
 
-A task is a function that may stop in its midst, where it opens something: a greenlet, which leaves gates as they would be
-written for one task alone. Both parties start the same tasks in the same order, and a message, whichever way it goes, is
-one step of its task for both. So both make up the same list of who waits, and need not tell each other what is in it.
+A task is a function that may stop in its midst, where it opens something: a greenlet, so that gates read as if each
+were alone. Both parties start the same tasks in the same order, and a message, whichever way it goes, is one step of
+its task for both. So both make up the same list of who waits, and need not tell each other what is in it.
 """
 
 from collections import deque
@@ -21,7 +21,8 @@ class Later:
     """
 
     def __init__(self, shape: torch.Size, wait: "Callable[[Later], None] | None" = None):
-        self.shape, self.done, self.readers = shape, False, []
+        self.shape, self.done = shape, False
+        self.readers: list[greenlet] = []
         self._wait, self._value = wait, None
 
     def become(self, value: Any) -> "Later":
@@ -67,7 +68,7 @@ class Schedule:
         self._ready: deque[tuple[Task, Any]] = deque()
         self._waiting: list[Task] = []
 
-    def start(self, node: int, work: Callable[[], Any], shape: torch.Size = torch.Size()) -> Later:
+    def start(self, node: int, work: Callable[[], Any], shape: torch.Size | None = None) -> Later:
         """Run a function side by side with the others, once it is its turn.
 
         Args:
@@ -75,7 +76,7 @@ class Schedule:
             work: the function.
             shape: of what it gives, for who asks before.
         """
-        later = Later(shape, self._until)
+        later = Later(torch.Size() if shape is None else shape, self._until)
 
         def task() -> None:
             later.become(work())

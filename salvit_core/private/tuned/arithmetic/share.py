@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...protocol import Traffic
 from ...transport import Channel
-from .randomness import CORRELATIONS, SERVER, Dealing, Tape
+from .randomness import CORRELATIONS, SERVER, Cost, Dealing, Tape
 from .ring import Factor
 from .schedule import Later, Schedule, Task
 
@@ -189,7 +188,7 @@ class Session:
         self.node = 0  # the one that runs, by its place on the tape, where one runs after the other
         self.ready: dict[int, deque] = {}
         self.places: dict[int, str] = {}
-        self.spent: dict[int, Traffic] = {}
+        self.spent: dict[int, Cost] = {}
         self.serial = 0
         self.check = False
         self.violations: dict[str, bool] = {}
@@ -280,15 +279,10 @@ class Session:
         sizes = [(sum(x.numel() for x in part.says), sum(map(torch.Size.numel, part.hears))) for part in parts]
         serial = max(map(sum, zip(*sizes)))
         for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-            first = i == 0
-            if self.recording:
-                cost = self.tape.costs[part.node]
-                cost.rounds, cost.serial = cost.rounds + first, cost.serial + first * serial
-                cost.words += sum(size) / 2
-            else:
-                before = self.spent.get(part.node, Traffic(0, 0.0, 0.0))
-                more = Traffic(int(first), 4.0 * sum(size), 8.0 * serial * first)
-                self.spent[part.node] = Traffic(*map(sum, zip(before, more)))
+            cost = self.tape.costs[part.node] if self.recording else self.spent.setdefault(part.node, Cost())
+            cost.words += sum(size) / 2
+            if i == 0:
+                cost.rounds, cost.serial = cost.rounds + 1, cost.serial + serial
         says = [x for part in parts for x in part.says]
         hears = [shape for part in parts for shape in part.hears]
         if self.recording:

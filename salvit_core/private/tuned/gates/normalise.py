@@ -100,10 +100,10 @@ def two_relu_domain(module: TwoReLU, a: torch.Tensor) -> list[Span]:
 
 
 def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
-    """(d a + c)^2 over its sum, from one opening of a and without a truncation in between.
+    """(d a + c)^2 over its sum, from one opening of a.
 
-    With P = d^2, Q = 2 d c and R = c^2, all the server's, the square is P a^2 + Q a + R. One round and n words, and
-    those of the sums' reciprocals. The server scales (d, c) so that the sum is near one where a is near one: L2Q does
+    With P = d^2, Q = 2 d c and R = c^2, all the server's, the square is P a^2 + Q a + R. One round and n words, those of
+    its exact truncation, and beside them those of the sums' truncation and reciprocals. The server scales (d, c) so that the sum is near one where a is near one: L2Q does
     not change when both are scaled. Its eps, 2^-14, is left out: it would move a weight by that part of itself. Scores
     are rounded to 9 bits, which moves a weight by up to 2^-7 over the root of its row's sum of squares.
 
@@ -114,7 +114,7 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
             squares to the server, or to both if there are few; where c and d are learnt, theirs masked once per
             session.
         Simulator: uniform words and bits.
-        Failure: 2^-33 a number of the scores; of their squares and of 1 / sum 0.
+        Failure: 2^-35 a number of the scores; of their squares and of 1 / sum 0.
     """
     # The square has P's bits and twice these: with more, too few of the 64 would be left to truncate it safely.
     x = scores.settle().to(min(session.bits - 4, 11))
