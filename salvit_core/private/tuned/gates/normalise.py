@@ -103,9 +103,9 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
     """(d a + c)^2 over its sum, from one opening of a.
 
     With P = d^2, Q = 2 d c and R = c^2, all the server's, the square is P a^2 + Q a + R. One round and n words, those
-    of its exact truncation, and beside them those of the sum's truncation and reciprocal. The server scales (d, c) so that
-    the sum is near one where a is near one: L2Q does not change when both are scaled. Its eps, 2^-14, is left out: it
-    would move a weight by that part of itself. Scores are rounded to 9 bits, which moves a weight by up to 2^-7 over
+    of its exact truncation, and beside them those of the sum's truncation and reciprocal. The server scales (d, c) so
+    that the sum is near one where a is near one: L2Q does not change when both are scaled. Its eps, 2^-14, is left out:
+    it would move a weight by that part of itself. Scores are rounded to 9 bits, which moves a weight by up to 2^-7 over
     the root of its row's sum of squares.
 
     Functionality:
