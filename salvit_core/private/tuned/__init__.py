@@ -17,7 +17,7 @@ What differs from stock, and where it comes from:
   LayerNorm's scale and shift move into the linear maps that alone read it.
 - Scales are bookkeeping: each share knows its fractional bits, so that powers of two cost nothing.
 - Openings that need nothing of each other travel together (`arithmetic.schedule`): of CCT-7/3x1 with SAL-ViT B=3 that
-  makes 251 rounds of 280.
+  makes 247 rounds of 276.
 
 Letters in costs: n elements of the value, J knots, k digits, p degree; a word is 64 bits, and words are counted as
 those a party sends and receives, halved, like the bytes in a record. A round is one message or one exchange.

@@ -41,7 +41,7 @@ def answer(logits: Share, reveal: str) -> Share:
     Logits (B, K) are rounded to `session.bits` - 1 exactly: what is opened is a function of the value alone, where a
     truncation on shares would show in the last bit how the value lay between two steps. For the label the rounded
     logits carry their places in their lowest bits, and of the highest only these are opened; of equal ones it is the
-    first. 4 rounds for the logits; 7 and 4 ceil(log4 K) for the label.
+    first. 4 rounds for the logits; 7 and those of `largest` for the label.
 
     Functionality:
         Inputs: Logits shared, below 2^9 where only the label is asked for.

@@ -34,7 +34,7 @@ def exponential(module: Exponential, secret: dict, x: Share) -> Share:
     """exp(a - max a) for entries that differ by less than 118, as `softmax` finds it; without a maximum, a <= 0.
 
     The maximum to 2^-12, since here no sum makes up for a common factor. Within 1e-3 of the value, 2^-12 of it and
-    2^-13. 5 rounds, 4 for few numbers, and 4 ceil(log4 K) for the largest of K; 1.5 n words, 4 n / 3 for the maximum.
+    2^-13. 5 rounds, 4 for few numbers, and those of `largest`; 1.5 n words, 4 n / 3 for the maximum.
 
     Functionality:
         Inputs: x shared.

@@ -82,8 +82,8 @@ def newton_inverse(module: NewtonInverse, secret: dict, a: Share) -> Share:
     Of an error d of Z a step that has converged leaves d A d, so that only the last step's rounding remains, about
     sqrt(m) |Z| 2^-24, and the ridge's, |Z|^2 2^-25. The starting value is right to 1e-2, which the iteration forgets.
 
-    6 rounds per iteration, 4 for few numbers, and 4 ceil(log4 m) + 5 before; with n = m^2 entries (1 + 3 iterations) n
-    words.
+    6 rounds per iteration, 4 for few numbers, and 5 and those of `largest` before; with n = m^2 entries (1 +
+    3 iterations) n words.
 
     Functionality:
         Inputs: A shared.
@@ -121,8 +121,8 @@ def pseudo_inverse(module: PseudoInverse, secret: dict, a: Share) -> Share:
     the result has not converged and depends on the starting value, whose reciprocal therefore takes one Newton step,
     and each step enlarges a rounding error by 13/4: at the end it is about sqrt(m) 2^-24 (13/4)^iterations.
 
-    12 rounds per iteration, 8 for few numbers, and 4 ceil(log4 m) + 11 before; with n = m^2 entries (3 + 6 iterations)
-    n words.
+    12 rounds per iteration, 8 for few numbers, and 11 and those of `largest` before; with n = m^2 entries
+    (3 + 6 iterations) n words.
 
     Functionality:
         Inputs: A shared.

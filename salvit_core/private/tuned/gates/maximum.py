@@ -1,5 +1,8 @@
 """Positive parts and maxima."""
 
+import functools
+import itertools
+
 import torch
 from torch import nn
 
@@ -10,14 +13,30 @@ from ..arithmetic.share import Share, session
 from .compare import DIGIT, WINDOW_DIGITS, not_below, open_bits, subset_products, subsets, tables, variables, wide
 from .curve import check, piecewise
 
-# Of four numbers: which differences are compared, and of each but the last, which must be so (False) or not so (True)
-# for it to be the largest. The first of equal ones is.
-PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-WINNERS = [
-    [(0, False), (1, False), (2, False)],
-    [(0, True), (3, False), (4, False)],
-    [(1, True), (3, True), (5, False)],
-]
+FEW, GROUP, WIDE = 1 << 14, 4, 8  # numbers that are worth a wider tournament; entries in a group of it
+
+
+@functools.cache
+def pairs(size: int) -> list[tuple[int, int]]:
+    """Which differences of so many numbers are compared."""
+    return list(itertools.combinations(range(size), 2))
+
+
+@functools.cache
+def winners(size: int) -> list[list[tuple[int, bool]]]:
+    """Of each number but the last, which differences must be so (False) or not so (True) for it to be the largest.
+
+    The first of equal ones is.
+    """
+    place = {pair: i for i, pair in enumerate(pairs(size))}
+    return [[(place[min(i, j), max(i, j)], j < i) for j in range(size) if j != i] for i in range(size - 1)]
+
+
+def several(size: int) -> list[int]:
+    """The sets of two or more of a winner's differences, as binary numbers."""
+    return [chosen for chosen in range(1 << (size - 1)) if chosen & (chosen - 1)]
+
+
 _RELU = Polynomials([0.0], [(0.0, [0.0, 0.0]), (0.0, [0.0, 1.0])], 0, 0)
 
 
@@ -89,71 +108,74 @@ def max_pool2d_domain(module: nn.MaxPool2d, x: torch.Tensor) -> list[Span]:
     return spans("inputs", x, (-32, 32))
 
 
-@correlation("fours")
-def deal_fours(deal: Dealing, count: int, digits: int):
-    """For `_largest_of_four`: masks of four numbers, what compares their six differences, and three bits.
+@correlation("group")
+def deal_group(deal: Dealing, count: int, size: int, digits: int):
+    """For `_largest_of`: masks of a group's numbers, what compares their differences, and a bit of all but one.
 
-    Of the masks of what the comparisons say, the products that tell whether each of three numbers wins; of its bit the
+    Of the masks of what the comparisons say, the products that tell whether each of these numbers wins; of its bit the
     product with the difference of its mask and the last one's.
     """
     packed, names, sets = -(-count // 64), variables(digits), subsets(digits)
-    r = deal.mask(4, count)
+    one, other = zip(*pairs(size))
+    r = deal.mask(size, count)
 
     def differences() -> torch.Tensor:
-        pairs = torch.stack([r.clear[j] - r.clear[i] for i, j in PAIRS]) & (1 << DIGIT * digits) - 1
-        return wide(tables(pairs, digits))
+        return wide(tables(r.clear[list(other)] - r.clear[list(one)] & (1 << DIGIT * digits) - 1, digits))
 
-    table = deal.share(differences, -(-digits * len(PAIRS) * count // 2), binary=True)
-    masks = deal.bits(len(names), len(PAIRS), packed)
-    shape = (len(sets), len(PAIRS), packed)
+    table = deal.share(differences, -(-digits * len(one) * count // 2), binary=True)
+    masks = deal.bits(len(names), len(one), packed)
+    shape = (len(sets), len(one), packed)
     products = deal.share(lambda: subset_products(masks.clear, names, sets), *shape, binary=True)
-    places = deal.bits(len(PAIRS), packed)
+    places = deal.bits(len(one), packed)
 
-    def triples() -> torch.Tensor:
+    def joined() -> torch.Tensor:
         made = []
-        for factors in WINNERS:
-            a, b, c = (places.clear[pair] for pair, _ in factors)
-            made.append(torch.stack([a & b, a & c, b & c, a & b & c]))
+        for factors in winners(size):
+            known = [torch.full_like(places.clear[0], -1)]
+            for pair, _ in factors:
+                known += [part & places.clear[pair] for part in known]
+            made.append(torch.stack([known[chosen] for chosen in several(size)]))
         return torch.stack(made)
 
-    joint = deal.share(triples, len(WINNERS), 4, packed, binary=True)
-    bit = deal.bits(len(WINNERS), packed)
-    chosen = deal.share(lambda: unpack(bit.clear, count), len(WINNERS), count)
-    with_r = deal.share(lambda: unpack(bit.clear, count) * (r.clear[:3] - r.clear[3]), len(WINNERS), count)
+    joint = deal.share(joined, size - 1, len(several(size)), packed, binary=True)
+    bit = deal.bits(size - 1, packed)
+    chosen = deal.share(lambda: unpack(bit.clear, count), size - 1, count)
+    with_r = deal.share(lambda: unpack(bit.clear, count) * (r.clear[:-1] - r.clear[-1]), size - 1, count)
     return r.mine, (table, masks.mine, products), (places.mine, joint), bit.mine, (chosen, with_r)
 
 
 def largest(x: Share, dim: int, resolution: int, digits: int = WINDOW_DIGITS) -> Share:
-    """The largest entry along a dimension, which stays, rounded to a resolution: a tournament of fours, without argmax.
+    """The largest entry along a dimension, which stays, rounded to a resolution: a tournament, without argmax.
 
     Differences are below 2^(4 digits - 1 - resolution). Four rounds for a factor of four, three for a last one of two;
-    4 n / 3 words for n entries.
+    4 n / 3 words for n entries. Of few numbers four rounds for a factor of eight.
     """
     best, bits = x.to(resolution), x.bits
     while (size := best.shape[dim]) > 1:
-        parts = 4 if size > 3 else 2
+        most = WIDE if best.data.numel() <= FEW else GROUP
+        parts = min(size, most) if size != 3 or most == WIDE else 2
         group = size // parts
         *entries, rest = best.data.split([group] * parts + [size - parts * group], dim)
-        if parts == 4:
-            most = _largest_of_four(torch.stack(entries), digits)
+        if parts > 2:
+            found = _largest_of(torch.stack(entries), digits)
         else:
-            most = maximum(Share(entries[0], resolution), Share(entries[1], resolution), resolution, digits).data
-        best = Share(torch.cat([most, rest], dim), resolution)
+            found = maximum(Share(entries[0], resolution), Share(entries[1], resolution), resolution, digits).data
+        best = Share(torch.cat([found, rest], dim), resolution)
     return best.to(bits)
 
 
-def _largest_of_four(x: torch.Tensor, digits: int) -> torch.Tensor:
-    """The largest of x[0] to x[3], entry by entry, exactly, in raw units. Four rounds; the words of x.
+def _largest_of(x: torch.Tensor, digits: int) -> torch.Tensor:
+    """The largest of x[0], x[1], ..., entry by entry, exactly, in raw units. Four rounds; the words of x.
 
-    Every entry is opened masked once, whose differences are public then. What six comparisons say is masked and opened;
-    a product of three bits says of each entry whether it is the largest, masked and opened too.
+    Every entry is opened masked once, whose differences are public then. What their comparisons say is masked and
+    opened; a product of these bits says of each entry whether it is the largest, masked and opened too.
     """
-    room = 1 << (DIGIT * digits - 1)
+    size, room = len(x), 1 << (DIGIT * digits - 1)
     flat = x.flatten(1)
-    one, other = ([pair[side] for pair in PAIRS] for side in (0, 1))
+    one, other = map(list, zip(*pairs(size)))
     check(flat[one] - flat[other], -room, room)
     r, (table, masks, products), (places, joint), bit, (chosen, with_r) = session.correlation(
-        "fours", flat.shape[1], digits
+        "group", flat.shape[1], size, digits
     )
     (e,) = session.reveal(flat - r)
     window = e if session.recording else (e[one] - e[other]).int()
@@ -163,9 +185,9 @@ def _largest_of_four(x: torch.Tensor, digits: int) -> torch.Tensor:
     if not session.recording:
         ones = torch.full_like(places[0], -1 if session.serving else 0)
         rows = []
-        for factors, products in zip(WINNERS, joint):
-            a, b, c = (places[pair] for pair, _ in factors)
-            part = torch.stack([ones, a, b, products[0], c, products[1], products[2], products[3]])
+        for factors, products in zip(winners(size), joint):
+            known = dict(zip(several(size), products)) | {1 << i: places[pair] for i, (pair, _) in enumerate(factors)}
+            part = torch.stack([ones, *(known[chosen] for chosen in range(1, 1 << len(factors)))])
             for pair, negated in reversed(factors):
                 half = len(part) // 2
                 part = part[half:] ^ (part[:half] & (~public[pair] if negated else public[pair]))
@@ -174,8 +196,8 @@ def _largest_of_four(x: torch.Tensor, digits: int) -> torch.Tensor:
     gamma = open_bits(won, bit, flat.shape[1])
     if session.recording:
         return torch.empty_like(x[0])
-    # x[3], and for the one of the others that is the largest its difference to that.
-    sign, rest = 1 - 2 * gamma, r[:3] - r[3]
+    # The last, and for the one of the others that is the largest its difference to that.
+    sign, rest = 1 - 2 * gamma, r[:-1] - r[-1]
     wins = sign * chosen + gamma if session.serving else sign * chosen
-    y = flat[3] + ((e[:3] - e[3]) * wins + sign * with_r + gamma * rest).sum(0)
+    y = flat[-1] + ((e[:-1] - e[-1]) * wins + sign * with_r + gamma * rest).sum(0)
     return y.view(x.shape[1:])

@@ -33,7 +33,7 @@ def softmax(module: Softmax, secret: dict, scores: Share) -> Share:
     """exp(a - max a) over its sum, weights to 1e-3, for scores that differ by less than 128.
 
     To 4e-3 where one weight stands beside hundreds that are small and alike: their errors are alike too, and add up.
-    8 rounds, 7 for few numbers, and 4 ceil(log4 K) for the maximum; 1.5 n words for exp, 4 n / 3 for the maximum.
+    8 rounds, 7 for few numbers, and those of `largest`; 1.5 n words for exp, 4 n / 3 for the maximum.
 
     Functionality:
         Inputs: Scores shared.
