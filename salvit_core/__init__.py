@@ -3,7 +3,8 @@
 import importlib
 
 from .models.cct import CCT
-from .models.config import PRESETS, CCTConfig, ViTConfig, config_of, preset
+from .models.config import PRESETS, CCTConfig, EfficientViTConfig, ViTConfig, config_of, preset
+from .models.efficientvit import EfficientViT
 from .models.rows import MECHANISMS, METHODS
 from .models.vit import ViT, build
 
@@ -14,6 +15,8 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "CCTConfig",
+    "EfficientViT",
+    "EfficientViTConfig",
     "ViT",
     "ViTConfig",
     "build",

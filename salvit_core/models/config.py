@@ -126,6 +126,41 @@ class ViTConfig(TransformerConfig):
         return (self.image // self.patch) ** 2 + 1
 
 
+@dataclass(frozen=True)
+class EfficientViTConfig(Checked):
+    """Everything that fixes an EfficientViT's architecture (`efficientvit.EfficientViT`), as plain data.
+
+    Raises:
+        ValueError: a value of another type or out of range, or sizes that do not fit together.
+    """
+
+    image: Size = 224  # side, pixels
+    channels: Size = 3
+    classes: Size = 1000
+    widths: tuple[Size, ...] = (16, 32, 64, 128, 256)  # channels of the stem and of each stage
+    # Of the stem's separable convolutions, MBConvs of a stage, or pairs of attention and MBConv after its first MBConv.
+    depths: tuple[Annotated[int, LAYERS], ...] = (1, 2, 3, 3, 4)
+    attention_stages: Annotated[int, LAYERS] = 2  # how many of the last stages have attention
+    head: Size = 16  # D
+    head_widths: tuple[Size, ...] = (1536, 1600)  # what is pooled, and between the classifier's two layers
+    expand: Annotated[int, Range(1, 64)] = 4  # of MBConv: channels between to channels before
+    stem_stride: Annotated[int, Range(1, 2)] = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.widths) < 2 or len(self.depths) != len(self.widths):
+            sizes = f"{len(self.widths)} widths and {len(self.depths)} depths"
+            raise ValueError(f"{sizes}: give as many of both, for the stem and for at least one stage")
+        if len(self.head_widths) != 2:
+            raise ValueError(f"head_widths is {shown(self.head_widths)}: give two numbers")
+        if self.attention_stages >= len(self.widths):
+            stages = len(self.widths) - 1
+            raise ValueError(f"attention_stages is {self.attention_stages}: of {stages} stages give at most {stages}")
+        for width in self.widths[-self.attention_stages :]:
+            if width % self.head:
+                raise ValueError(f"a stage of width {width} is not a multiple of heads of {self.head}: change one")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
@@ -146,14 +181,43 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny_224": dict(image=224, patch=16, classes=200, layers=12, width=192, heads=3, mlp_ratio=4.0),
 }
 
+# EfficientViTs: convolutions, and attention that is theirs, so that no row of the tables has a say in them.
+EFFICIENTVITS: dict[str, dict[str, Any]] = {
+    # For tests on 8x8 digits; for two cores on CIFAR-10 and on Imagenette at 64 pixels.
+    "efficientvit_test": dict(
+        image=8,
+        channels=1,
+        classes=10,
+        widths=(8, 16, 16),
+        depths=(1, 1, 1),
+        attention_stages=1,
+        head=8,
+        head_widths=(32, 32),
+        stem_stride=1,
+    ),
+    "efficientvit_micro_32": dict(
+        image=32, classes=10, widths=(8, 16, 32, 64), depths=(1, 1, 1, 1), head=8, head_widths=(128, 128), stem_stride=1
+    ),
+    "efficientvit_micro_64": dict(
+        image=64, classes=10, widths=(8, 16, 32, 64), depths=(1, 1, 1, 1), head=8, head_widths=(128, 128)
+    ),
+    # As published, at 224 pixels; `image` sets another resolution.
+    "efficientvit_b0": dict(widths=(8, 16, 32, 64, 128), depths=(1, 2, 2, 2, 2), head_widths=(1024, 1280)),
+    "efficientvit_b1": dict(),
+    "efficientvit_b2": dict(widths=(24, 48, 96, 192, 384), depths=(1, 3, 4, 4, 6), head=32, head_widths=(2304, 2560)),
+    "efficientvit_b3": dict(widths=(32, 64, 128, 256, 512), depths=(1, 4, 6, 6, 9), head=32, head_widths=(2304, 2560)),
+}
 
-def config_of(fields: dict) -> TransformerConfig:
-    """A configuration from its fields, such as JSON of one holds: of a ViT if `patch` is among them, else of a CCT.
+
+def config_of(fields: dict) -> Any:
+    """A configuration from its fields, such as JSON of one holds.
+
+    It is an EfficientViT's if `widths` is among them, a ViT's if `patch` is, else a CCT's.
 
     Raises:
         ValueError: unknown field or value.
     """
-    made = ViTConfig if "patch" in fields else CCTConfig
+    made = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
     known = {field.name for field in dataclasses.fields(made)}
     if unknown := set(fields) - known:
         names = f"{', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"
@@ -161,24 +225,29 @@ def config_of(fields: dict) -> TransformerConfig:
     return made(**fields)
 
 
-def preset(name: str, method: str | None = None, **changes) -> TransformerConfig:
+def preset(name: str, method: str | None = None, **changes) -> Any:
     """A named configuration, with changes.
 
     Args:
-        name: a key of `PRESETS`, such as "cct_7_3x1" or "vit_tiny".
-        method: a row of the tables, a key of `METHODS` or `MECHANISMS`, such as "SA softmax" or "Linformer".
+        name: a key of `PRESETS` or `EFFICIENTVITS`, such as "cct_7_3x1", "vit_tiny" or "efficientvit_b1".
+        method: a row of the tables, a key of `METHODS` or `MECHANISMS`, such as "SA softmax" or "Linformer"; none for
+            an EfficientViT.
         changes: fields of the configuration to set, such as attention="external" or classes=100.
 
     Returns:
-        a `CCTConfig` or a `ViTConfig`, whichever `name` is.
+        a `CCTConfig`, a `ViTConfig` or an `EfficientViTConfig`, whichever `name` is: no type can say it.
 
     Raises:
         ValueError: unknown name, method, field or value.
     """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {shown(name)} is unknown: choose from {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS | EFFICIENTVITS:
+        raise ValueError(f"preset {shown(name)} is unknown: choose from {', '.join(PRESETS | EFFICIENTVITS)}")
     if method is not None and (not isinstance(method, str) or method not in ROWS):
         raise ValueError(f"method {shown(method)} is unknown: choose from {', '.join(ROWS)}")
+    if name in EFFICIENTVITS:
+        if method is not None:
+            raise ValueError(f"{name} is an EfficientViT, whose attention is its own: leave the method out")
+        return config_of({"widths": EfficientViTConfig.widths, **EFFICIENTVITS[name], **changes})
     if "patch" in changes and "patch" not in PRESETS[name]:
         raise ValueError(f"{name} is a CCT, which has no field patch")
     fields = {**PRESETS[name], **(ROWS[method] if method else {}), **changes}

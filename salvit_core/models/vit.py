@@ -11,7 +11,8 @@ from torch import nn
 
 from .blocks import Block, attention_of, initialize, refuse_other_images
 from .cct import CCT
-from .config import CCTConfig, TransformerConfig, ViTConfig
+from .config import CCTConfig, EfficientViTConfig, TransformerConfig, ViTConfig
+from .efficientvit import EfficientViT
 from .operations import of_kind
 
 
@@ -87,8 +88,8 @@ class ViT(nn.Module):
         return self.norm(self.pool(self.blocks(x)))  # (B, M)
 
 
-def build(config: TransformerConfig) -> nn.Module:
-    """The network of a configuration: a `ViT` of a `ViTConfig`, a `CCT` of a `CCTConfig`.
+def build(config: TransformerConfig | EfficientViTConfig) -> nn.Module:
+    """The network of a configuration: a `ViT` of a `ViTConfig`, a `CCT` of a `CCTConfig`, and so on.
 
     Raises:
         ValueError: any other configuration.
@@ -97,4 +98,6 @@ def build(config: TransformerConfig) -> nn.Module:
         return ViT(config)
     if isinstance(config, CCTConfig):
         return CCT(config)
-    raise ValueError(f"config is {type(config).__name__}: give a CCTConfig or a ViTConfig")
+    if isinstance(config, EfficientViTConfig):
+        return EfficientViT(config)
+    raise ValueError(f"config is {type(config).__name__}: give a CCTConfig, a ViTConfig or an EfficientViTConfig")
