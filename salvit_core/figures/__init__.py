@@ -10,6 +10,7 @@ from .costs import ratios_beside_paper, stacked_kinds
 from .learned import normalizer_curves, parameter_ranges, scatter_by_layer
 from .maps import heat_maps, map_grid
 from .quantities import curves, dots
+from .roofline import roofline
 from .saving import save, save_table
 from .search import trajectories
 from .style import PALETTE, STYLE, WIDTH, Look, look, looks
@@ -31,6 +32,7 @@ __all__ = [
     "normalizer_curves",
     "parameter_ranges",
     "ratios_beside_paper",
+    "roofline",
     "save",
     "save_table",
     "scatter_by_layer",

@@ -74,8 +74,15 @@ TABLES = {
     "drift": long(series=["stock", "tuned"], layer=["one", "two"], node=["a"], error=[1e-3], scale=[2.0]),
     "curves": long(series=["a", "b"], tokens=[64, 256], ms=[2.0]),
     "scatter_by_layer": long(layer=[2, 1], head=[1, 2], reach=[3.0], mean=[1.0]),
+    "roofline": long(
+        layer=["block 1", "pool"], kind=["a", "b"], intensity=[2.0], speed=[1e9], utilisation=[0.5], cycles=[9]
+    ),
 }
-MORE = {"curves": ("tokens", {"ms": "ms"}), "scatter_by_layer": ("reach", {"mean": "mean of C"})}
+MORE = {
+    "curves": ("tokens", {"ms": "ms"}),
+    "scatter_by_layer": ("reach", {"mean": "mean of C"}),
+    "roofline": (2e9, 1e9),
+}
 PANELS = {
     "stacked_kinds": (kinds(["scores", "values", "offline"]),),
     "accuracy_against": (table(["SA softmax", "EA L2Q"]),),
@@ -143,6 +150,16 @@ def test_a_quantity_that_has_no_number_is_refused_by_name():
     only_c = TABLES["parameter_ranges"].query("parameter == 'c'")
     with pytest.raises(ValueError, match="parameter 'd' is empty"):
         figures.parameter_ranges(only_c)
+
+
+def test_a_roofline_has_its_ridge_and_weighs_a_layers_utilisation_by_cycles():
+    rows = {"layer": ["one", "one", "two"], "kind": ["a", "b", "a"], "intensity": [1.0, 8.0, 4.0]}
+    rows |= {"speed": [1e9, 2e9, 3e9], "utilisation": [0.2, 0.8, 0.5], "cycles": [300, 100, 50]}
+    left, right = figures.roofline(pd.DataFrame(rows), 4e9, 2e9).axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[0.5, 1.0], [2.0, 4.0], [16.0, 4.0]])
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([35.0, 50.0])
+    with pytest.raises(ValueError, match="peak is 0 and bandwidth 1: give two positive numbers"):
+        figures.roofline(pd.DataFrame(rows), 0, 1)
 
 
 def test_empty_pictures_are_refused():
