@@ -154,29 +154,31 @@ class _Reader(fx.Interpreter):
         if node.op == "call_module":
             inputs, _ = self.fetch_args_kwargs_from_env(node)
             module = self.fetch_attr(node.target)
-            if sizes := _sizes(module, result, *inputs):
-                read, weights = sum(each.numel() for each in inputs), sum(each.numel() for each in module.parameters())
-                place = (str(node.target), node.meta["layer"])
-                self.found.append(Work(*place, *sizes, read, weights, result.numel()))
+            if work := _work(str(node.target), node.meta["layer"], module, result, *inputs):
+                self.found.append(work)
             elif any(each.dim() > 1 for each in module.parameters(recurse=False)):
                 raise ValueError(f"{node.target} is a {type(module).__name__}, which the arrays do not compute")
         return result
 
 
-def _sizes(module: nn.Module, result: torch.Tensor, *inputs: torch.Tensor) -> tuple | None:
-    """Kind, inside, outside, groups, height, width and taps; None of what is no product."""
+def _work(name: str, layer: str, module: nn.Module, result: torch.Tensor, *inputs: torch.Tensor) -> Work | None:
+    """What a call of a module is for the arrays, if it is a product."""
+    weights = sum(each.numel() for each in module.parameters())
+    moved = (sum(each.numel() for each in inputs), weights, result.numel())
     if isinstance(module, nn.Conv2d):
         groups, taps = module.groups, math.prod(module.kernel_size)
         inside, outside = module.in_channels // groups, module.out_channels // groups
+        height, width = result.shape[-2:]
         kind = "point-wise" if taps == 1 else "convolution"
         if groups > 1 and inside == 1:
             kind = "depth-wise"
-        return kind, inside, outside, groups, *result.shape[-2:], taps
+        return Work(name, layer, kind, inside, outside, groups, height, width, taps, *moved)
     if isinstance(module, nn.Linear):
-        return "point-wise", module.in_features, module.out_features, 1, result[..., 0].numel(), 1, 1
+        tokens = result[..., 0].numel()
+        return Work(name, layer, "point-wise", module.in_features, module.out_features, 1, tokens, 1, 1, *moved)
     if isinstance(module, MatMul):
-        heads = math.prod(result.shape[:-2])
-        return "attention", inputs[0].shape[-1], result.shape[-1], heads, result.shape[-2], 1, 1
+        heads, (tokens, outside) = math.prod(result.shape[:-2]), result.shape[-2:]
+        return Work(name, layer, "attention", inputs[0].shape[-1], outside, heads, tokens, 1, 1, *moved)
     return None
 
 
