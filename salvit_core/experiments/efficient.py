@@ -163,6 +163,7 @@ TABLE_2 = (
     "Performer ReLU",
     "Nystromformer",
     "Dilated hybrid",
+    "ReLU linear",
 )
 
 

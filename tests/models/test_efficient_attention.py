@@ -22,7 +22,7 @@ from salvit_core.models.vit import build as build_network
 B, M, H = 2, 16, 2
 D = M // H
 WITH_NORMALIZER = ("standard", "linformer", "linformer_heads", "nystromformer", "dilated")
-NEW = (*WITH_NORMALIZER, "cosformer", "performer", "performer_relu", "soft", "hamburger")
+NEW = (*WITH_NORMALIZER, "cosformer", "performer", "performer_relu", "relu_linear", "soft", "hamburger")
 MEMORY = 4
 EPS = 2.0**-14
 
@@ -121,6 +121,11 @@ def performer_relu(q, k, w, normalizer):
     features = w["features.weight"]
     f_q, f_k = (np.maximum(part @ features.T / D**0.25, 0) + 2.0**-12 for part in (q, k))
     weights = f_q @ t(f_k) / len(features) / q.shape[2]
+    return weights / (weights.sum(-1, keepdims=True) + EPS)
+
+
+def relu_linear(q, k, w, normalizer):
+    weights = np.maximum(q, 0) @ t(np.maximum(k, 0)) / (np.sqrt(D) * q.shape[2])
     return weights / (weights.sum(-1, keepdims=True) + EPS)
 
 
