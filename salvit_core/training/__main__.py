@@ -16,7 +16,7 @@ import tyro
 
 from .. import datasets, workspace
 from ..fields import Checked, Size
-from ..models.config import preset
+from ..models.config import EFFICIENTVITS, preset
 from ..models.vit import build
 from ..options import parsed
 from .loop import train
@@ -34,8 +34,9 @@ class Command(Checked):
 
     preset: str = "cct_7_3x1"
     """Network, a preset's name; its image size, channels and classes become those of the data set."""
-    method: str = "SA softmax"
-    """Row of the tables: attention and normaliser, such as "SA L2Q", "EA softmax" or "Linformer"."""
+    method: str | None = None
+    """Row of the tables: attention and normaliser, such as "SA L2Q", "EA softmax" or "Linformer". Default: "SA
+    softmax"; an EfficientViT, whose attention is its own, has none."""
     data: str = "auto"
     """Data set: digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet, imagenet100, imagenette, or auto."""
     root: Path | None = None
@@ -77,8 +78,10 @@ def _train(command: Command) -> None:
     recipe, root = command.recipe, command.root or workspace.ROOT / "data"
     data = datasets.load(command.data, root, command.device, protocol=command.protocol, image=command.image)
     _, channels, _, side = data.train.images.shape
-    config = preset(command.preset, command.method, image=side, channels=channels, classes=data.classes)
-    name = f"{command.preset} {command.method} {data.name} {recipe.seed}".replace(" ", "-").replace("=", "")
+    method = command.method or (None if command.preset in EFFICIENTVITS else "SA softmax")
+    config = preset(command.preset, method, image=side, channels=channels, classes=data.classes)
+    words = [command.preset, *([method] if method else []), data.name, str(recipe.seed)]
+    name = " ".join(words).replace(" ", "-").replace("=", "")
     # What does not compare with the others is told apart: epochs chosen on the test images, images of another size.
     name += ("" if command.protocol == "held-out" else f"-{command.protocol}") + (f"-{side}px" if command.image else "")
     out = command.out or workspace.ROOT / "data" / "runs" / "trainings" / name
@@ -96,7 +99,7 @@ def _train(command: Command) -> None:
     if first:
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         workspace.write(out / "weights.pt", lambda file: torch.save(weights, file))
-        chosen = {name: getattr(command, name) for name in ("preset", "method", "protocol")}
+        chosen = {"preset": command.preset, "method": method, "protocol": command.protocol}
         result = {**chosen, "torch": torch.__version__, **result}
         workspace.write_json(out / "result.json", result)
         print(f"test accuracy {result['test_accuracy']:.2f} % after {recipe.epochs} epochs: {out / 'result.json'}")

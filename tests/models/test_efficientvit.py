@@ -14,6 +14,7 @@ from salvit_core.models.efficientvit import LiteMSA
 from salvit_core.models.graph import trace
 from salvit_core.models.operations import TokenSum
 from salvit_core.training import Recipe, train
+from salvit_core.training.__main__ import main
 
 # Published: parameters, and billions of multiply-adds at 224, 256 and 288 pixels.
 PUBLISHED = {
@@ -164,3 +165,24 @@ def test_micro_networks_take_a_step(name):
 def test_it_learns_the_digits():
     facts = train(tiny(), data.load("digits"), Recipe(epochs=3, batch=64, lr=4e-3, augment="none"))
     assert facts["test_accuracy"] > 60
+
+
+def test_the_command_line_trains_it_without_a_method(tmp_path, capsys):
+    words = [
+        "--preset",
+        "efficientvit_test",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--batch",
+        "256",
+        "--augment",
+        "none",
+    ]
+    main([*words, "--device", "cpu", "--out", str(tmp_path)])
+    said = json.loads((tmp_path / "result.json").read_text())
+    assert said["method"] is None and config_of(said["config"]) == preset("efficientvit_test")
+    build(config_of(said["config"])).load_state_dict(torch.load(tmp_path / "weights.pt"))
+    with pytest.raises(SystemExit, match="error: efficientvit_test is an EfficientViT"):
+        main([*words, "--method", "SA L2Q"])
