@@ -1,6 +1,7 @@
 """A sweep of generated values over configurations and command lines: right, or refused in one line that names them."""
 
 import dataclasses
+import inspect
 import math
 import tempfile
 from pathlib import Path
@@ -9,11 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from salvit_core import PRESETS, build, cli, preset, workspace
+from salvit_core import CCT, PRESETS, ViT, build, cli, config_of, cost, datasets, preset, private, workspace
 from salvit_core.experiments import evidence, study
 from salvit_core.experiments.profiles import Profile, profile
 from salvit_core.models.config import CCTConfig, ViTConfig
+from salvit_core.private.parties import launch
+from salvit_core.private.protocol import LIMIT
 from salvit_core.search.priced import PricedSearch
 from salvit_core.search.released import ReleasedSearch
 from salvit_core.search.sas import Search
@@ -121,6 +125,196 @@ def test_a_profile_is_refused_or_whole(changes):
     made_or_refused(lambda **changes: dataclasses.replace(profile("smoke"), **changes), changes)
 
 
+# Calls
+
+TINY = preset("cct_2_3x1", "SA L2Q", layers=1)
+
+
+class Began(Exception):
+    """The work itself, which this does not do."""
+
+
+def begins(*arguments, **options):
+    raise Began
+
+
+def network(name="head.bias", value=0.0, hook=None):
+    """A network, one number of it changed, or with a hook."""
+    torch.manual_seed(0)
+    model = CCT(TINY).eval()
+    model.state_dict()[name].view(-1)[0] = value
+    if hook:
+        getattr(model.blocks[0], hook)(lambda *_: None)
+    return model
+
+
+def pictures(shape, dtype=torch.float32, value=0.5, layout=None):
+    """Images of one value, or such as hold none."""
+    if layout == "meta":
+        return torch.empty(shape, device="meta")
+    images = torch.full(shape, value).to(dtype)
+    return images.to_sparse() if layout == "sparse" else images
+
+
+NAN, INF = float("nan"), float("inf")
+NUMBER = st.sampled_from([NAN, INF, -INF, 1e30, -1e12, 1e5, 0.25, 3.0])
+SIDES = st.sampled_from([0, 1, 2, 8, 9])
+MODELS = (
+    st.builds(network, st.sampled_from(["head.bias", "head.weight", "position", "blocks.0.norm1.bias"]), NUMBER)
+    | st.builds(network, hook=st.sampled_from(["register_forward_hook", "register_forward_pre_hook"]))
+    | st.sampled_from([nn.Tanh(), nn.Linear(5, 2), nn.Linear, nn.Sequential(), {}, TINY])
+)
+IMAGES = (
+    st.builds(pictures, st.tuples(st.integers(0, 3), st.sampled_from([1, 3]), SIDES, SIDES))
+    | st.builds(pictures, st.lists(SIDES, max_size=5))
+    | st.builds(pictures, st.just((2, 1, 8, 8)), value=NUMBER)
+    | st.builds(pictures, st.just((1, 1, 8, 8)), st.sampled_from([torch.float16, torch.float64, torch.int64, torch.bool]))
+    | st.builds(pictures, st.just((1, 1, 8, 8)), layout=st.sampled_from(["meta", "sparse"]))
+    | st.just([[0.5]])
+)
+WORDS_OF = {  # where a good value is a rare word
+    "protocol": st.sampled_from(["stock", "tuned", "magic"]),
+    "provider": st.sampled_from(["TFP", "TTP", "HE"]),
+    "reveal": st.sampled_from(["logits", "label", "all"]),
+    "dealt": st.sampled_from(["along", "ahead", "never"]),
+    "convention": st.sampled_from(["paper", "torch", "mac"]),
+    "meet": st.sampled_from(["127.0.0.1:0", "127.0.0.1:99999", ":0", "a\nb:1", "nowhere", "::1:٣"]),
+    "link": st.sampled_from(["LAN", *private.LINKS.values()]),
+    "device": st.sampled_from(["cpu", "cuda", "meta", "tpu", "cpu:7"]),
+    "shape": st.lists(st.integers(-1, 9) | st.sampled_from([1.0, None, "8", 10**9]), min_size=3, max_size=5)
+    | st.just((1, 1, 8, 8)),
+    "speed": st.just(private.Speed(1e-4, 1e-8, 1e-8, 1e-9)),
+    "dataset": st.just(torch.zeros(2, 1, 8, 8)),
+    "config": st.sampled_from([TINY, preset("vit_2"), CCTConfig, "cct_2_3x1", {}]),
+    "fields": st.dictionaries(st.sampled_from(["width", "heads", "patch", "image", "depth"]), VALUES, max_size=2),
+    "model": MODELS,
+    "images": IMAGES,
+}
+
+
+def change_of(parameters):
+    """One or two arguments, changed to anything."""
+    pairs = [st.tuples(st.just(name), WORDS_OF.get(name, st.nothing()) | VALUES) for name in parameters]
+    return st.lists(st.one_of(pairs), min_size=1, max_size=2).map(dict)
+
+
+def sound_model(x):
+    if not isinstance(x, nn.Module) or any(part._forward_hooks or part._forward_pre_hooks for part in x.modules()):
+        return False
+    return all(tensor.isfinite().all() and tensor.abs().max() <= LIMIT for tensor in x.state_dict().values())
+
+
+def sound_images(x):
+    if not isinstance(x, torch.Tensor) or x.is_sparse or x.is_meta or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return x.shape[0] > 0 and x.shape[1:] == (1, 8, 8) and bool((x.abs() <= 1024).all())
+
+
+def is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def counts(most):
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= most
+
+
+# What may be taken: all else must have been refused.
+SOUND = {
+    "model": sound_model,
+    "images": sound_images,
+    "timeout": lambda x: is_number(x) and 0 < x <= 1e7,
+    "bits": lambda x: x is None or (counts(22)(x) and x >= 8),
+    "batch": lambda x: x is None or counts(2**31)(x),
+    "n": counts(10_000),
+    "repeats": counts(2**31),
+    "warmup": lambda x: x == 0 or counts(2**31)(x),
+    "check": lambda x: isinstance(x, bool),
+    "drift": lambda x: isinstance(x, bool),
+    "device": lambda x: x in ("cpu", "cpu:7", "cuda"),
+    "protocol": lambda x: x in ("stock", "tuned"),
+    "provider": lambda x: x in ("TFP", "TTP"),
+    "reveal": lambda x: x in ("logits", "label"),
+    "dealt": lambda x: x in ("along", "ahead"),
+    "convention": lambda x: x in ("paper", "torch"),
+    "meet": lambda x: x in ("127.0.0.1:0",),
+    "link": lambda x: x is None or isinstance(x, private.Link),
+    "speed": lambda x: x is None or isinstance(x, private.Speed),
+    "shape": lambda x: len(x) == 4 and counts(2**31)(x[0]) and tuple(x[1:]) == (1, 8, 8),
+    "audit": lambda x: x is None or isinstance(x, str) and x,
+    "folder": lambda x: x is None or isinstance(x, str) and x,
+    "progress": lambda x: x is None or callable(x),
+    "label": lambda x: isinstance(x, str),
+    "rtt": lambda x: is_number(x) and 0 <= x < INF,
+    "bandwidth": lambda x: is_number(x) and 0 < x,
+    "dataset": lambda x: isinstance(x, datasets.Data),
+    "config": lambda x: isinstance(x, CCTConfig | ViTConfig),
+    "fields": lambda x: isinstance(x, dict) and "depth" not in x,
+}
+# What a network costs hangs on no number in it.
+CLEAR = {
+    "model": lambda x: isinstance(x, nn.Module),
+    "images": lambda x: x is None or (x.shape[0] > 0 and x.is_floating_point()),
+}
+GOOD = {
+    "model": network(),
+    "images": torch.zeros(1, 1, 8, 8),
+    "shape": (1, 1, 8, 8),
+    "dataset": datasets.load("digits"),
+    "config": TINY,
+    "fields": {},
+    "rtt": 1e-3,
+    "bandwidth": 1e6,
+    "protocol": "tuned",
+    "n": 4,
+}
+# How a line calls an argument, where not by its name.
+NAMED = {
+    "model": ("model", "weights", "network", "no private protocol", "FLOPs"),
+    "fields": ("field", "width", "heads", "patch", "image"),
+    "speed": ("speed", "seconds"),
+    "batch": ("batch", "n is"),
+}
+CALLS = {
+    "infer": private.infer,
+    "evaluate": private.evaluate,
+    "estimate": private.estimate,
+    "Link": private.Link,
+    "parameters": cost.parameters,
+    "flops": cost.flops,
+    "latency": cost.latency,
+    "peak_memory": cost.peak_memory,
+    "breakdown": cost.breakdown,
+    "build": build,
+    "config_of": config_of,
+    "CCT": CCT,
+    "ViT": ViT,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@settings(SWEEP, max_examples=300)
+@given(data=st.data())
+def test_a_call_is_refused_in_one_line_or_begins(name, data, monkeypatch):
+    call = CALLS[name]
+    parameters = [each for each in inspect.signature(call).parameters if each != "attention"]
+    changes = data.draw(change_of(parameters))
+    arguments = {each: GOOD[each] for each in parameters if each in GOOD} | changes
+    with monkeypatch.context() as patched:
+        patched.setattr(launch, "guard", begins)  # the first that starts a process
+        patched.setattr(cost, "_now", lambda images: 0.0)
+        try:
+            call(**arguments)
+        except Began:
+            pass
+        except (ValueError, TypeError) as error:
+            line = str(error)
+            assert "\n" not in line and 20 < len(line) < 600, line
+            assert any(word in line for each in changes for word in NAMED.get(each, (each,))), (line, changes)
+            return
+    sound = SOUND | (CLEAR if name not in ("infer", "evaluate") else {})
+    assert all(sound[each](value) for each, value in changes.items()), changes
+
+
 # Command lines
 
 NUMBERS = "-1 0 1 2.5 nan inf -inf 1e400 1e-400 99999999999999999999"
@@ -156,17 +350,10 @@ FIXED = {
 }
 
 
-class Began(Exception):
-    """The work itself, which this does not do."""
-
-
 @pytest.mark.parametrize("command", OPTIONS)
 @settings(SWEEP, max_examples=60)
 @given(data=st.data())
 def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, capsys):
-    def begins(*arguments, **options):
-        raise Began
-
     work = {
         "train": ["salvit_core.training.__main__.train"],
         "search": ["salvit_core.search.sas.search", "salvit_core.search.released.search"],

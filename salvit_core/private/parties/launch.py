@@ -18,10 +18,20 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ...fields import shown
 from ...models.graph import TRACING, trace
 from ...models.operations import KINDS
 from .. import protocol_of
-from ..asked import Asked, image_problem, memory_problem, model_problem, query_size, weight_problem
+from ..asked import (
+    Asked,
+    folder_problem,
+    image_problem,
+    link_problem,
+    memory_problem,
+    model_problem,
+    query_size,
+    weight_problem,
+)
 from ..estimation import Costs, estimate
 from ..interpreter import DomainInterpreter, unsupported
 from ..links import Link
@@ -172,8 +182,10 @@ def infer(
     if not isinstance(meet, str) or not re.fullmatch(r".+:\d{1,5}", meet) or int(meet.rpartition(":")[2]) > 65535:
         raise ValueError(f"meet is {meet!r}: give HOST:PORT, such as 127.0.0.1:0")
     host, _, port = meet.rpartition(":")
-    if link is not None and not isinstance(link, Link):
-        raise ValueError(f"link is {link!r}: give a Link, such as LINKS['LAN'], or None")
+    if problem := link_problem(link) or folder_problem("audit", audit):
+        raise ValueError(problem)
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is {shown(progress)}: give a function of a dict, or None")
     if audit and protocol != "tuned":
         raise ValueError(f"protocol {protocol!r} knows no audit: choose tuned")
     if problem := model_problem(model) or image_problem(images, getattr(model, "config", None)):
