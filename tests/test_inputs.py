@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from salvit_core import CCT, PRESETS, ViT, build, cli, config_of, cost, datasets, preset, private, workspace
-from salvit_core.experiments import evidence, study
+from salvit_core.experiments import calibration, evidence, study
 from salvit_core.experiments.profiles import Profile, profile
 from salvit_core.models.config import CCTConfig, ViTConfig
 from salvit_core.private.parties import launch
-from salvit_core.private.protocol import LIMIT
+from salvit_core.private.protocol import LIMIT, ROLES
 from salvit_core.search.priced import PricedSearch
 from salvit_core.search.released import ReleasedSearch
 from salvit_core.search.sas import Search
@@ -130,7 +131,7 @@ def test_a_profile_is_refused_or_whole(changes):
 TINY = preset("cct_2_3x1", "SA L2Q", layers=1)
 
 
-class Began(Exception):
+class Began(BaseException):
     """The work itself, which this does not do."""
 
 
@@ -343,15 +344,29 @@ OPTIONS = {
     "search": "preset method data image device granularity budget rule weight search-epochs epochs lr seed nonsense",
     "study": "profile records only set timeout notebooks nonsense",
     "evidence": "profile most minutes nonsense",
+    "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
+    "evaluate": "run preset method data root n batch protocol provider out nonsense",
+    "estimate": "preset row protocol provider link batch reveal out nonsense",
+    "calibrate": "again check nonsense",
+    "migrate": "folder nonsense",
+    "server": "meet dealer identity peer architecture weights protocol provider bits batch link reveal device reserve fill "
+    "audit drift timeout nonsense",
+    "client": "meet dealer identity peer architecture images result protocol provider bits batch link reveal device "
+    "reserve fill shape audit drift timeout nonsense",
 }
 FIXED = {
     "train": ["--preset", "cct_2_3x1", "--data", "digits"],
     "search": ["--preset", "cct_2_3x1", "--data", "digits", "--budget", "1"],
+    "infer": ["--preset", "cct_2_3x1", "--method", "SA L2Q"],
+    "evaluate": ["--preset", "cct_2_3x1", "--method", "SA L2Q", "--data", "digits", "--n", "2"],
+    "estimate": ["--preset", "cct_2_3x1", "--row", "SA L2Q"],
+    "server": ["--meet", "127.0.0.1:1", "--architecture", "cct.json", "--weights", "weights.pt"],
+    "client": "--meet 127.0.0.1:1 --architecture cct.json --images images.pt --result result.pt".split(),
 }
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-@settings(SWEEP, max_examples=60)
+@settings(SWEEP, max_examples=100)
 @given(data=st.data())
 def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, capsys):
     work = {
@@ -359,10 +374,20 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         "search": ["salvit_core.search.sas.search", "salvit_core.search.released.search"],
         "study": ["salvit_core.experiments.study.execute"],
         "evidence": ["salvit_core.experiments.execute.collect"],
+        "infer": ["salvit_core.private.parties.launch.guard"],  # the first that starts a process
+        "evaluate": ["salvit_core.private.parties.launch.guard"],
+        "estimate": ["salvit_core.private.estimation.trace"],
+        "calibrate": ["salvit_core.experiments.calibration.calibrate"],
+        "migrate": ["salvit_core.experiments.migrate.migrate"],
+        "server": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
+        "client": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
     }
     options = st.dictionaries(st.sampled_from(OPTIONS[command].split()), WORDS, min_size=1, max_size=2)
     drawn = data.draw(options)
     words = [*FIXED.get(command, []), *(word for name, value in drawn.items() for word in (f"--{name}", value))]
+    if command == "migrate":  # its folder stands by itself
+        words = [*(["."] if "folder" not in drawn else []), *(word for word in words if word != "--folder")]
+    party = command in ROLES
     capsys.readouterr()
     with monkeypatch.context() as patched, tempfile.TemporaryDirectory() as root:
         for name in work[command]:
@@ -370,20 +395,32 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         if command == "study":
             words += ["--notebooks", str(workspace.ROOT / "notebooks")] if "notebooks" not in drawn else []
         patched.setattr(workspace, "ROOT", Path(root))
+        patched.chdir(root)
+        if party:
+            Path("cct.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+            torch.save(network().state_dict(), "weights.pt")
+            torch.save(torch.zeros(1, 1, 8, 8), "images.pt")
         try:
-            cli.main([command, *words])
+            cli.main(["party", command, *words] if party else [command, *words])
         except Began:
             return
         except SystemExit as ended:
             line = capsys.readouterr().err.strip() if ended.code == 2 else str(ended.code)
-            assert line.startswith("error: ") and "\n" not in line, line
-            given_words = [*drawn, *(value for value in drawn.values() if value.strip())]
+            assert line.startswith(f"party {ROLES.index(command)} ({command}): " if party and ended.code != 2 else "error: ")
+            assert "\n" not in line, line
+            blank = ("''", "' '", "cannot read")  # a path of nothing is seen in no line
+            named = [word for value in drawn.values() for word in ((value,) if value.strip() else blank)]
+            given_words = [*drawn, *named, *(["method"] if "row" in drawn else [])]
             assert any(word in line or word.replace("-", "_") in line for word in given_words), (line, drawn)
         else:
             assert command == "evidence" and drawn.get("most") == "0"  # which is nothing to do
+        written = {path.name for path in Path(root).rglob("*") if path.is_file()}
+        assert written <= {"cct.json", "weights.pt", "images.pt"}, (written, drawn)
 
 
 def test_the_commands_have_the_options_that_are_swept():
-    for kind, command in ((study.Study, "study"), (evidence.Evidence, "evidence")):
+    kinds = {"study": study.Study, "evidence": evidence.Evidence, "calibrate": calibration.Command}
+    for command, kind in {**kinds, **{name: kind for name, (kind, _) in cli._HERE.items()}}.items():
         names = {field.name for field in dataclasses.fields(kind)} - {"list", "publish"}
         assert names == set(OPTIONS[command].split()) - {"nonsense"}
+    assert set(cli.COMMANDS) == set(OPTIONS) - {"server", "client"} | {"party"}

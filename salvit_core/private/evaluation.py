@@ -58,6 +58,8 @@ def evaluate(
     Asked(protocol, provider, bits=bits, batch=batch)
     if not whole(batch):
         raise ValueError(f"batch is {batch!r}: give a whole number of images, 1 or more")
+    if not isinstance(label, str):
+        raise ValueError(f"label is {shown(label)}: give a text")
     if problem := model_problem(model) or folder_problem("folder", folder):
         raise ValueError(problem)
     images, labels = drawn(dataset, n)

@@ -1,5 +1,6 @@
 """What is asked of a private run is looked at before anything meets; every wrong value gets one line that names it."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,11 +11,14 @@ import time
 from copy import deepcopy
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_private_launch import PARTY, files, free_port, images, model
+from test_private_faults import inside
+from test_private_launch import PARTY, files, free_port, images, model, parties_alive
 from torch import nn
 
 from salvit_core import private
@@ -257,39 +261,36 @@ def test_a_client_without_a_server_says_so(tmp_path):
 
 @pytest.mark.processes
 def test_a_second_client_ends_with_its_time_and_the_first_is_served(tmp_path):
+    """It comes when the server has met the first, whose name it has, too, and listens no more."""
     options, port = files(tmp_path), free_port("127.0.0.1")
     common = [f"--meet=127.0.0.1:{port}", "--protocol=tuned"]
-    found = {}
 
-    def client(number):
-        words = [word for word in options["client"] if not word.startswith("--result")]
-        words += [f"--result={tmp_path / f'{number}.pt'}", f"--timeout={60 if number else 20}"]
-        command = [*PARTY, "client", *common, *words]
-        found[number] = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    def started(role, *words, timeout=60):
+        command = [*PARTY, role, *common, *options[role], *words, f"--timeout={timeout}"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(2)]
-    for thread in clients:
-        thread.start()
-    server = subprocess.run(
-        [*PARTY, "server", *common, *options["server"]], capture_output=True, text=True, timeout=120
-    )
-    for thread in clients:
-        thread.join()
-    assert server.returncode == 0, server.stderr
-    ends = [found[number].returncode == 0 for number in range(2)]
-    assert sorted(ends) == [False, True]
-    left = found[ends.index(False)].stderr.strip().splitlines()[-1]
+    def listening():
+        with contextlib.suppress(psutil.Error):
+            return any(each.status == "LISTEN" for each in psutil.Process(server.pid).net_connections("tcp"))
+
+    server = started("server")
+    while not listening():
+        assert server.poll() is None
+        time.sleep(0.02)
+    first = started("client")
+    while listening():
+        time.sleep(0.02)
+    second = started("client", f"--result={tmp_path / 'second.pt'}", timeout=5)
+    ended = {process: process.communicate(timeout=120)[1] for process in (server, first, second)}
+    assert server.returncode == 0, ended[server]
+    assert sorted([first.returncode == 0, second.returncode == 0]) == [False, True]
+    left = ended[second].strip().splitlines()[-1]
     assert left.startswith("party 1 (client): ") and "server" in left
+    assert (tmp_path / "client" / "result.pt").exists() and not (tmp_path / "second.pt").exists()
 
 
-@pytest.mark.processes
-def test_terms_that_are_none_are_refused(tmp_path):
-    """A stranger at stock's store, who says nothing that a party says."""
-    import torch.distributed as dist
-
-    port, options = free_port("127.0.0.1"), files(tmp_path)
-    command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def met(port):
+    """The store of a server of stock, as soon as it listens."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -297,11 +298,79 @@ def test_terms_that_are_none_are_refused(tmp_path):
             break
         except OSError:
             time.sleep(0.1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    store.set("client", json.dumps([1]))
+    return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+
+@pytest.mark.processes
+def test_terms_that_are_none_are_refused(tmp_path):
+    """A stranger at stock's store, who says nothing that a party says."""
+    port, options = free_port("127.0.0.1"), files(tmp_path)
+    command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    met(port).set("client", json.dumps([1]))
     _, errors = server.communicate(timeout=90)
     assert server.returncode != 0 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1] == "party 0 (server): the client sent no terms: it must be of this version"
+
+
+# Joins gloo only once a stranger has been at all ports of its peer's.
+LATE = """
+import torch.distributed as dist
+
+def late(*words, before=dist.init_process_group, **options):
+    import time
+    time.sleep(1.5)
+    before(*words, **options)
+
+dist.init_process_group = late
+"""
+
+
+@pytest.mark.processes
+def test_garbage_at_gloos_ports_changes_no_answer(monkeypatch, tmp_path):
+    """From the moment they listen: of every length, with and without a number that gloo might wait for."""
+    inside(monkeypatch, tmp_path / "site", "client", LATE)
+    port, over, held, disturbed = free_port("127.0.0.1"), threading.Event(), [], set()
+
+    def disturb():
+        while not over.wait(0.02):
+            for process in parties_alive():
+                with contextlib.suppress(OSError, psutil.Error):
+                    listening = [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
+                    for place in {place for place in listening if place.port != port} - disturbed:
+                        disturbed.add(place)
+                        for number in range(8):
+                            held.append(socket.create_connection(place, timeout=2))
+                            held[-1].sendall((number.to_bytes(8, "little") + b"\xff" * 4000)[: 1 << (2 * number)])
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        result = private.infer(model(), images(), "stock", timeout=60, meet=f"127.0.0.1:{port}")
+    finally:
+        over.set()
+        thread.join()
+        for connection in held:
+            connection.close()
+    assert result.error < 0.05 and len(disturbed) > 1
+
+
+@pytest.mark.processes
+def test_a_peer_that_met_and_falls_silent_is_waited_for_until_the_time_is_over(tmp_path):
+    """A stranger who says what the client would say, and never joins."""
+    port, options = free_port("127.0.0.1"), files(tmp_path)
+    words = [f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=12", *options["server"]]
+    begin = time.monotonic()
+    server = subprocess.Popen([*PARTY, "server", *words], stderr=subprocess.PIPE, text=True)
+    store = met(port)
+    store.wait(["server"])
+    terms = json.loads(store.get("server")) | {"shape": [1, 1, 8, 8]}
+    store.set("client", json.dumps(terms))
+    store.set("client has read", "")
+    _, errors = server.communicate(timeout=60)
+    assert server.returncode == 3 and time.monotonic() - begin < 12 + 2 + 10  # what an import may take
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("party 0 (server): not done after 12 s: ") and "Traceback" not in errors
 
 
 @pytest.mark.processes

@@ -150,7 +150,8 @@ def infer(
     only. All of them are this user's on one machine: nothing is secret from who runs it.
 
     The parties of "tuned" have sockets that were connected before they started: nothing listens, and nobody else can
-    connect. Those of "stock" meet over CrypTen's, in clear, which any user of the machine can reach.
+    connect. Those of "stock" meet over CrypTen's, in clear, which any user of the machine can reach: who takes a place
+    there makes them wait, which nothing but `timeout` ends.
 
     Args:
         model: any module whose operations the protocol knows; it is used in evaluation mode and not changed.
@@ -179,7 +180,7 @@ def infer(
     """
     asked = Asked(protocol, provider, timeout, bits, batch, check, drift, reveal, dealt, device)
     timeout, bits, batch = asked.timeout, asked.bits, asked.batch
-    if not isinstance(meet, str) or not re.fullmatch(r".+:\d{1,5}", meet) or int(meet.rpartition(":")[2]) > 65535:
+    if not isinstance(meet, str) or not re.fullmatch(r".+:[0-9]{1,5}", meet) or int(meet.rpartition(":")[2]) > 65535:
         raise ValueError(f"meet is {meet!r}: give HOST:PORT, such as 127.0.0.1:0")
     host, _, port = meet.rpartition(":")
     if problem := link_problem(link) or folder_problem("audit", audit):
