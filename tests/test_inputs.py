@@ -408,7 +408,7 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
             line = capsys.readouterr().err.strip() if ended.code == 2 else str(ended.code)
             assert line.startswith(f"party {ROLES.index(command)} ({command}): " if party and ended.code != 2 else "error: ")
             assert "\n" not in line, line
-            blank = ("''", "' '", "cannot read")  # a path of nothing is seen in no line
+            blank = ("''", "' '", "cannot read", "cannot write")  # a path of nothing is seen in no line
             named = [word for value in drawn.values() for word in ((value,) if value.strip() else blank)]
             given_words = [*drawn, *named, *(["method"] if "row" in drawn else [])]
             assert any(word in line or word.replace("-", "_") in line for word in given_words), (line, drawn)

@@ -1,8 +1,10 @@
 """What is asked of a private run is looked at before anything meets; every wrong value gets one line that names it."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -384,6 +386,79 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
     message = r"cannot write .*weights.pt \(No space left on device\): set TMPDIR to a folder with room"
     with pytest.raises(private.PrivateInferenceError, match=message):
         private.infer(model(), images(), "tuned")
+
+
+# What a party on a full disk is left with: it writes nothing, not even why.
+NO_ROOM = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("full", [True, False])
+def test_parties_that_could_not_even_say_why_are_spoken_for(monkeypatch, tmp_path, full):
+    inside(monkeypatch, tmp_path / "site", "client", NO_ROOM)
+    original = launch.tempfile.TemporaryFile
+
+    def trial(**options):
+        if full and "dir" in options:
+            raise OSError(28, "No space left on device")
+        return original(**options)
+
+    monkeypatch.setattr(launch.tempfile, "TemporaryFile", trial)
+    with pytest.raises(private.PrivateInferenceError) as caught:
+        private.infer(model(), images(), "tuned")
+    said = r": \(said nothing: cannot write .*salvit-\w+ \(No space left on device\), set TMPDIR to a folder with room"
+    assert re.search(said if full else r": \(said nothing\)", str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+FULL = """
+import torch
+from salvit_core import CCT, preset, private
+try:
+    private.infer(CCT(preset("cct_2_3x1", "SA L2Q")), torch.zeros(4, 1, 8, 8), "tuned", batch=1)
+except private.PrivateInferenceError as error:
+    print(error)
+"""
+DISK = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size="$0"k tmpfs "$TMPDIR" && "$@" && ls -A "$TMPDIR"']
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kilobytes", [12, 100, 148])  # without room for the weights, the graph, the result
+def test_a_disk_that_is_really_full(tmp_path, kilobytes):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    if subprocess.run([*DISK, "8", "true"], env=environment, capture_output=True).returncode:
+        pytest.skip("no disk of its own can be had here")
+    command = [*DISK, str(kilobytes), sys.executable, "-c", FULL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1 and not done.stderr  # nor is anything left
+    assert re.search(r"cannot write .*salvit-.* .No space left on device.(: set TMPDIR|: make room|, set)", done.stdout)
+
+
+@pytest.mark.parametrize("what", ["server", "client.log"])
+def test_a_disk_without_room_for_a_file_is_named(monkeypatch, tmp_path, what):
+    """Of names alone a disk may have no more."""
+
+    def full(path, *words, before, **options):
+        if path.name == what:
+            raise OSError(28, "No space left on device")
+        return before(path, *words, **options)
+
+    for name in ("mkdir", "touch"):
+        before = getattr(launch.Path, name)
+        monkeypatch.setattr(launch.Path, name, functools.partialmethod(full, before=before))
+    monkeypatch.setattr(launch, "guard", lambda *_: None)
+    monkeypatch.setattr(launch, "bear", lambda *_: pytest.fail("a party was started") if what == "server" else Stopped())
+    with pytest.raises(private.PrivateInferenceError, match="cannot write .*No space left on device.: set TMPDIR to a"):
+        private.infer(model(), images(), "tuned")
+
+
+class Stopped:
+    """A party that has ended."""
+
+    def poll(self):
+        return 0
+
+    wait = close = poll
 
 
 @pytest.mark.processes

@@ -50,6 +50,8 @@ ROOMY = 16
 # A fork of a process whose torch computed with several threads has none of them, and would wait for them for ever.
 os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
+_ROOM = "set TMPDIR to a folder with room for weights and images"
+
 # How long the surviving parties may take to say why they stop.
 LAST_WORDS = 4.0
 
@@ -207,13 +209,17 @@ def infer(
             raise ValueError(f"batch is {batch!r}: {problem}")
 
     deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory(prefix="salvit-", ignore_cleanup_errors=True) as name:
+    with contextlib.ExitStack() as stack:
+        with _writing(Path(tempfile.gettempdir())):
+            kept = tempfile.TemporaryDirectory(prefix="salvit-", ignore_cleanup_errors=True)
+        name = stack.enter_context(kept)
         folder = Path(name)
         with _answering(timeout):
             guard(folder, deadline)
         server, client = folder / "server", folder / "client"
-        server.mkdir()
-        client.mkdir()
+        with _writing(folder):
+            server.mkdir()
+            client.mkdir()
         _put(graph.state_dict(), server / "weights.pt")
         _put(images, client / "images.pt")
         _put(packed_graph(deepcopy(graph)), folder / "graph.pt")
@@ -356,14 +362,28 @@ def _violations(graph: torch.fx.GraphModule, images: torch.Tensor, table: Protoc
     return clear.violations
 
 
+@contextlib.contextmanager
+def _writing(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise PrivateInferenceError(f"cannot write {path} ({error.strerror}): {_ROOM}") from error
+
+
 def _put(what, path: Path) -> None:
     """Write what a party reads."""
-    try:
+    with _writing(path):
         path.write_bytes(packed(what))
+
+
+def _silence(folder: Path) -> str:
+    """Why a party said nothing: where it left no word on a full disk, that is why."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(4096))
     except OSError as error:
-        raise PrivateInferenceError(
-            f"cannot write {path} ({error.strerror}): set TMPDIR to a folder with room for weights and images"
-        ) from error
+        return f"(said nothing: cannot write {folder} ({error.strerror}), {_ROOM})"
+    return "(said nothing)"
 
 
 def run_parties(
@@ -409,6 +429,8 @@ def run_parties(
         for role, options in parties.items():
             words = [role, f"--meet={host}:{port}", "--leash", f"--protocol={protocol}", f"--timeout={timeout + 5}"]
             descriptors = {option: end.fileno() for option, end in given[role].items()}
+            with _writing(folder / f"{role}.log"):
+                (folder / f"{role}.log").touch()
             with _answering(timeout):
                 running[role] = bear(words + options, folder, threads, deadline, descriptors)
         for end in itertools.chain.from_iterable(ends.values() for ends in given.values()):
@@ -471,7 +493,7 @@ def _last_words(roles: list[str], running: dict[str, Born], folder: Path) -> str
         fate = {None: "was still running", 0: "ended well"}.get(status, f"ended with status {status}")
         if status is not None and status < 0:
             fate = f"was killed by signal {-status}"
-        last = lines[-1].removeprefix(f"party {ROLES.index(role)} ({role}): ") if lines else "(said nothing)"
+        last = lines[-1].removeprefix(f"party {ROLES.index(role)} ({role}): ") if lines else _silence(folder)
         words.append(f"party {ROLES.index(role)} ({role}) {fate}: {last}")
     return "; ".join(words)
 

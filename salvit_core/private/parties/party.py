@@ -90,12 +90,19 @@ def packed(what) -> bytes:
     return file.getvalue()
 
 
+@contextlib.contextmanager
+def _said():
+    """What is wrong with a file, in the line that the workspace has for it."""
+    try:
+        yield
+    except OSError as error:
+        raise PartyError(error.strerror or str(error)) from error
+
+
 def _plain(path: Path) -> Path:
     """A file that may be read; a FIFO, say, might never end."""
-    try:
+    with _said():
         return workspace.readable(path)
-    except OSError as error:
-        raise PartyError(error.strerror) from error
 
 
 def _read(path: Path, expected: str) -> Any:
@@ -187,7 +194,8 @@ def run(args: argparse.Namespace) -> None:
     }
     for place in (args.result, args.drift, args.audit):
         if place is not None:
-            _try_out(place)
+            with _said():
+                workspace.try_out(place)
     images: torch.Tensor | None = None
     protocol = None if args.role == "dealer" else protocol_of(args.protocol)
     if protocol is not None:
@@ -283,19 +291,9 @@ def run(args: argparse.Namespace) -> None:
     protocol.leave()
 
 
-def _try_out(path: Path) -> None:
-    """Refuse a place that could not be written, before anybody meets."""
-    try:
-        workspace.try_out(path)
-    except OSError as error:
-        raise PartyError(error.strerror) from error
-
-
 def _save(what, path: Path) -> None:
-    try:
+    with _said():
         workspace.write(path, packed(what))
-    except OSError as error:
-        raise PartyError(f"cannot write {path.name} ({error.strerror or error})") from error
 
 
 class _Parser(argparse.ArgumentParser):
