@@ -16,7 +16,7 @@ from .links import Link
 from .protocol import DEALT, LIMIT, PROTOCOLS, PROVIDERS, REVEALS
 
 PIXEL = 1024.0  # fixed point has room for images up to here
-DAYS = 1e7  # seconds: beyond them no clock of a process goes
+DAYS = 2e6  # seconds: poll waits for 2^31 milliseconds at most
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .. import workspace
 from ..fields import shown, whole
 from ..models.graph import trace
 from . import protocol_of
-from .asked import Asked, folder_problem, model_problem
+from .asked import DAYS, Asked, folder_problem, model_problem
 from .interpreter import DomainInterpreter, fingerprint
 from .parties.launch import infer
 
@@ -90,7 +90,7 @@ def evaluate(
                 images[start:],
                 protocol,
                 provider,
-                timeout=600.0 + 60.0 * (n - start),
+                timeout=min(DAYS, 600.0 + 60.0 * (n - start)),
                 bits=bits,
                 batch=batch,
                 progress=keep,

@@ -66,7 +66,7 @@ def with_weight(name, value):
         (dict(timeout=float("inf")), "timeout is inf: give a finite number"),
         (dict(timeout=float("nan")), "timeout is nan: give a finite number"),
         (dict(timeout="10"), "timeout is '10': give a finite number"),
-        (dict(timeout=1e9), "timeout is 1000000000.0: give at most"),
+        (dict(timeout=2.1e6), "timeout is 2100000.0: give at most 2000000.0"),
         (dict(bits="13"), "bits is '13': give a whole number, or None"),
         (dict(bits=13.5), "bits is 13.5: give a whole number, or None"),
         (dict(bits=40), "bits is 40: give 8 to 22, or None"),
@@ -99,7 +99,7 @@ def test_any_value_is_taken_or_refused_in_one_line(name, value):
         assert name in str(error) and "\n" not in str(error)
         return
     good = {
-        "timeout": lambda x: 0 < x <= 1e7,
+        "timeout": lambda x: 0 < x <= 2e6,
         "bits": lambda x: x is None or 8 <= x <= 22,
         "batch": lambda x: x is None or x >= 1,
         "check": lambda x: x in (True, False),
@@ -243,6 +243,25 @@ def test_a_party_refuses_bad_files_before_it_meets_anybody(tmp_path, role, optio
         party.main([role, *words])
 
 
+@pytest.mark.parametrize("role, option", [("client", "result"), ("server", "drift"), ("client", "audit")])
+@pytest.mark.parametrize("what", ["a link", "a FIFO", "a folder"])
+def test_a_party_replaces_nothing_and_says_so_before_it_meets_anybody(tmp_path, role, option, what):
+    place = tmp_path / "theirs"
+    make = {"a link": lambda path: path.symlink_to("nowhere"), "a FIFO": os.mkfifo, "a folder": os.mkdir}[what]
+    make(place)
+    before = place.lstat()
+    message = f"party . .{role}.: cannot write .*theirs: it is {what}, no plain file; name another file"
+    with pytest.raises(SystemExit, match=message):
+        party.main([role, *alone(tmp_path, role, **{option: place})])
+    assert place.lstat() == before
+
+
+def test_a_party_does_not_wait_for_a_fifo_that_nobody_fills(tmp_path):
+    os.mkfifo(tmp_path / "weights")
+    with pytest.raises(SystemExit, match="cannot read .*weights .it is no plain file.: mend that"):
+        party.main(["server", *alone(tmp_path, "server", weights=tmp_path / "weights")])
+
+
 def test_a_server_refuses_weights_that_are_not_finite(tmp_path):
     words = alone(tmp_path, "server")
     path = next(word.partition("=")[2] for word in words if word.startswith("--weights="))
@@ -304,15 +323,26 @@ def met(port):
 
 
 @pytest.mark.processes
-def test_terms_that_are_none_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "terms, said",
+    [
+        ([1], "the client sent no terms: it must be of this version"),
+        ({}, "the client's images have shape None: four positive numbers were expected"),
+        ({"shape": [1, 1, 8, -8]}, "the client's images have shape [1, 1, 8, -8]: four positive numbers were expected"),
+    ],
+)
+def test_terms_that_are_none_are_refused(tmp_path, terms, said):
     """A stranger at stock's store, who says nothing that a party says."""
     port, options = free_port("127.0.0.1"), files(tmp_path)
     command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    met(port).set("client", json.dumps([1]))
+    store = met(port)
+    store.set("client", json.dumps(terms))
+    store.set("client has read", "")
+    begin = time.monotonic()
     _, errors = server.communicate(timeout=90)
-    assert server.returncode != 0 and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1] == "party 0 (server): the client sent no terms: it must be of this version"
+    assert server.returncode == 1 and "Traceback" not in errors and time.monotonic() - begin < 30
+    assert errors.strip().splitlines()[-1] == f"party 0 (server): {said}"
 
 
 # Joins gloo only once a stranger has been at all ports of its peer's.
@@ -447,7 +477,7 @@ def test_a_disk_without_room_for_a_file_is_named(monkeypatch, tmp_path, what):
         before = getattr(launch.Path, name)
         monkeypatch.setattr(launch.Path, name, functools.partialmethod(full, before=before))
     monkeypatch.setattr(launch, "guard", lambda *_: None)
-    monkeypatch.setattr(launch, "bear", lambda *_: pytest.fail("a party was started") if what == "server" else Stopped())
+    monkeypatch.setattr(launch, "bear", lambda words, *_: Stopped() if words[0] != what else pytest.fail("it began"))
     with pytest.raises(private.PrivateInferenceError, match="cannot write .*No space left on device.: set TMPDIR to a"):
         private.infer(model(), images(), "tuned")
 

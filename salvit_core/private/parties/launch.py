@@ -23,6 +23,7 @@ from ...models.graph import TRACING, trace
 from ...models.operations import KINDS
 from .. import protocol_of
 from ..asked import (
+    DAYS,
     Asked,
     folder_problem,
     image_problem,
@@ -427,7 +428,8 @@ def run_parties(
             given["server"]["--listen="] = meeting
         stack.callback(_stop, running)
         for role, options in parties.items():
-            words = [role, f"--meet={host}:{port}", "--leash", f"--protocol={protocol}", f"--timeout={timeout + 5}"]
+            words = [role, f"--meet={host}:{port}", "--leash", f"--protocol={protocol}"]
+            words += [f"--timeout={min(timeout + 5, DAYS)}"]
             descriptors = {option: end.fileno() for option, end in given[role].items()}
             with _writing(folder / f"{role}.log"):
                 (folder / f"{role}.log").touch()

@@ -233,6 +233,7 @@ def run(args: argparse.Namespace) -> None:
     meeting = rendezvous if args.protocol == "tuned" else gloo
     everyone, peers = meeting.meet(args, terms, deadline)
     agree(everyone, args.role)
+    shape = () if protocol is None else asked_for(everyone)  # before gloo, which would wait for a stranger
     if args.protocol == "stock":
         gloo.join(args, peers)
     elif args.role == "dealer":
@@ -246,7 +247,6 @@ def run(args: argparse.Namespace) -> None:
     if args.role == "server":
         graph = graph.to(args.device)
     network = SecretInterpreter(graph, protocol, keep=args.drift is not None)
-    shape = asked_for(everyone)
     size = query_size(shape[0], args.batch)
     starts = range(0, shape[0], size)
     dealt_for["shape"] = [size, *shape[1:]]
@@ -336,7 +336,8 @@ def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
     parser.add_argument("--shape", type=_shape, metavar="B,C,H,W", help="client: with --fill, of a query's images")
     parser.add_argument("--audit", type=Path, help="write all messages that this party receives here")
     parser.add_argument("--drift", type=Path, help="write this party's share of every activation here")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds until this party gives up: with stock, all that ends a wait for a peer that falls silent")
+    patience = "seconds until this party gives up: with stock, all that ends a wait for a peer that falls silent"
+    parser.add_argument("--timeout", type=float, default=600.0, help=patience)
     parser.set_defaults(graph=None, listen=None, socket=None, leash=False)
     if launched:  # nobody's but the launcher's
         parser.add_argument("--graph", type=Path, help="a graph instead of --architecture")
