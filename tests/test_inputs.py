@@ -293,7 +293,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(SWEEP, max_examples=300)
+@settings(SWEEP, max_examples=120)
 @given(data=st.data())
 def test_a_call_is_refused_in_one_line_or_begins(name, data, monkeypatch):
     call = CALLS[name]
@@ -403,7 +403,7 @@ FIXED = {
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-@settings(SWEEP, max_examples=100)
+@settings(SWEEP, max_examples=60)
 @given(data=st.data())
 def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, capsys):
     work = {

@@ -252,14 +252,14 @@ def test_a_party_replaces_nothing_and_says_so_before_it_meets_anybody(tmp_path, 
     before = place.lstat()
     message = f"party . .{role}.: cannot write .*theirs: it is {what}, no plain file; name another file"
     with pytest.raises(SystemExit, match=message):
-        party.main([role, *alone(tmp_path, role, **{option: place})])
+        party.main([role, *alone(tmp_path, role, timeout=5, **{option: place})])
     assert place.lstat() == before
 
 
 def test_a_party_does_not_wait_for_a_fifo_that_nobody_fills(tmp_path):
     os.mkfifo(tmp_path / "weights")
     with pytest.raises(SystemExit, match="cannot read .*weights .it is no plain file.: mend that"):
-        party.main(["server", *alone(tmp_path, "server", weights=tmp_path / "weights")])
+        party.main(["server", *alone(tmp_path, "server", timeout=5, weights=tmp_path / "weights")])
 
 
 def test_a_server_refuses_weights_that_are_not_finite(tmp_path):
