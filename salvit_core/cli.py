@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from . import datasets, workspace
+from .fields import Checked, Count
 from .models.config import config_of, preset
 from .models.vit import build
 from .options import parsed
@@ -44,8 +45,8 @@ _HOMES = {
 
 
 @dataclass(frozen=True)
-class Infer:
-    """Run a network on secret shares: each party a process of its own on this machine."""
+class Subject(Checked):
+    """What `salvit infer` and `salvit evaluate` run on secret shares."""
 
     run: Path | None = None
     """Folder that `salvit train` or `salvit search` wrote: its network and weights."""
@@ -57,24 +58,30 @@ class Infer:
     """Data set whose test images are sent. Default: that of --run; random images without it."""
     root: Path | None = None
     """Folder of the data sets. Default: data/ in the workspace."""
-    n: int = 1
+    n: Count = 1
     """Images."""
-    batch: int | None = None
+    batch: Count | None = None
     """Images in a query. Default: all in one."""
     protocol: str = "tuned"
     """"tuned", this project's, or "stock", CrypTen's own functions."""
     provider: str = "TFP"
     """Who makes the correlated randomness: "TFP", the server itself (for measuring only), or "TTP", a third process."""
-    reveal: str = "logits"
-    """What the client may learn: "logits" or, with "tuned", the "label" alone."""
-    timeout: float = 600.0
-    """Seconds for everything."""
     out: Path | None = None
     """File for logits and costs as JSON."""
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Infer(Subject):
+    """Run a network on secret shares: each party a process of its own on this machine."""
+
+    reveal: str = "logits"
+    """What the client may learn: "logits" or, with "tuned", the "label" alone."""
+    timeout: float = 600.0
+    """Seconds for everything."""
+
+
+@dataclass(frozen=True)
+class Estimate(Checked):
     """What a network will cost on secret shares, from its shapes: nothing is run."""
 
     preset: str = "cct_7_3x1"
@@ -87,7 +94,7 @@ class Estimate:
     """Who makes the correlated randomness, as in `salvit infer`; the rounds and bytes are the same with both."""
     link: str | None = None
     """Name of a link, such as "WAN (Cheetah)". Default: loopback."""
-    batch: int = 1
+    batch: Count = 1
     """Images in the query."""
     reveal: str = "logits"
     """What the client may learn: "logits" or, with "tuned", the "label" alone."""
@@ -96,12 +103,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Evaluate(Infer):
+class Evaluate(Subject):
     """Encrypted accuracy of a trained network, beside its accuracy in the clear."""
 
-    n: int = 256
+    n: Count = 256
     """Test images, drawn with seed 0."""
-    batch: int | None = 8
+    batch: Count | None = 8
     """Images in a query."""
 
 
@@ -113,7 +120,7 @@ class Migrate:
     """Such as data/reference or data/runs."""
 
 
-def subject(command: Infer) -> tuple[torch.nn.Module, datasets.Data | None]:
+def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
     """The network of a command, and its data set if it has one.
 
     Raises:
@@ -154,7 +161,12 @@ def infer(command: Infer) -> None:
         config = model.config
         images = torch.randn(command.n, config.channels, config.image, config.image)
     else:
+        there = len(data.test.labels)
+        if command.n > there:
+            raise ValueError(f"n is {command.n}: the test split of {data.name} has {there} images, give 1 to {there}")
         images = data.test.normalised(data.test.images[: command.n].cpu())
+    if command.out is not None:
+        workspace.try_out(command.out)
     result = private.infer(
         model,
         images,

@@ -76,7 +76,7 @@ def check(config: Any) -> None:
             raise ValueError(f"{name} {wanted.format(value=shown(value))}")
         if whole(value) and float not in (kind, *get_args(kind)):
             object.__setattr__(config, name, int(value))
-        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        elif number(value):
             object.__setattr__(config, name, float(value))
 
 
@@ -90,6 +90,11 @@ class Checked:
 def whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number, which True and 2.0 are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number, which True and "2" are not; NaN is one."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
@@ -124,9 +129,7 @@ def _wanted(value: Any, kind: Any) -> str:
         return next((said for each in value if (said := _wanted(each, get_args(base)[0]))), "")
     if base is int and not whole(value):
         return "is {value}: give a whole number"
-    if base is float and (
-        isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(_float(value))
-    ):
+    if base is float and not (number(value) and math.isfinite(_float(value))):
         return "is {value}: give a finite number"
     if isinstance(base, type) and base not in (int, float) and not isinstance(value, base):
         return f"is {{value}}: give {_NAMES.get(base, f'a {base.__name__}')}"

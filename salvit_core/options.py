@@ -33,6 +33,8 @@ def parsed(kind: type[Options], program: str, words: list[str] | None = None) ->
         # Around the title and the problem stands a box, of dashes where the terminal has no other letters.
         lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
         _, problem, *_ = [*(line for line in lines if line.strip("-")), *["options cannot be read"] * 2]
+        if blank := [word for word in (sys.argv[1:] if words is None else words) if not word.strip()]:
+            problem += f" (one is {blank[0]!r})"  # which is seen in no line
         print(f"error: {problem}: {program} --help tells the options", file=sys.stderr)
         sys.exit(2)
     finally:

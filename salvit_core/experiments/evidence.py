@@ -10,10 +10,10 @@ data/reference, where notebooks and the README read it.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from .. import workspace
-from ..fields import Checked, CountOrNone
+from ..fields import Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
 from . import execute, store
 from .profiles import Profile, profile
@@ -125,7 +125,7 @@ class Evidence(Checked):
     """Whose sizes it has: reference for two cores, short for a GPU, smoke to try it out."""
     most: CountOrNone | None = None
     """How many runs to do at most. Default: all."""
-    minutes: float | None = None
+    minutes: Annotated[float, Range(0.0)] | None = None
     """How long at most. What runs then stops, and goes on from its last whole epoch next time. Default: to the end."""
     list: bool = False
     """Only say what is done and what is left."""
@@ -151,5 +151,5 @@ def run(command: Evidence) -> int:
             workspace.write(store.path(each, "reference"), store.path(each).read_bytes())
     else:
         found = execute.collect(left[: command.most], label="evidence", minutes=command.minutes)
-        print(f"{len(found)} done, {len(found.absent)} left")
+        print(f"{len(found)} done, {len(left) - len(found)} left")
     return 0

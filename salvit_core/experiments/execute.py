@@ -42,6 +42,7 @@ from .runs import (
     TrainRun,
 )
 
+ABSENT = "Not on record here"  # begins the line on results that are partial
 RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
@@ -61,13 +62,13 @@ class Found(dict[AnyRun, dict]):
         if not self.absent:
             return ""
         names = "; ".join(run.label() for run in self.absent[:6]) + ("; ..." if len(self.absent) > 6 else "")
-        return f"Not on record here, so in no table or figure below: {len(self.absent)} runs ({names})."
+        return f"{ABSENT}, so in no table or figure below: {len(self.absent)} runs ({names})."
 
 
 def collect(
     runs: Iterable[AnyRun], source: str = "local", label: str = "runs", minutes: float | None = None
 ) -> Found[AnyRun]:
-    """The records of several runs.
+    """The records of several runs; of what the source lacks, a line is printed.
 
     Args:
         runs: any kinds; equal ones are one.
@@ -85,7 +86,10 @@ def collect(
         if not _train_together(asked, label, minutes):
             return recorded(asked)
         return Found(asked, {run: ensure(run) for run in tqdm(asked, desc=label)})
-    return recorded(asked, source)
+    found = recorded(asked, source)
+    if found.absent:  # whatever is made of them is partial
+        print(found.said())
+    return found
 
 
 def recorded(runs: Iterable[AnyRun], source: str = "local") -> Found[AnyRun]:
@@ -199,6 +203,8 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
     workers = min(os.cpu_count() or 1, MOST_TOGETHER, len(missing))
     if not missing or (workers < 2 and minutes is None):
         return True
+    if minutes == 0:  # workers that end as they begin leave a traceback of loky's
+        return False
     leaders = {run.first_phase(): run for run in reversed(missing) if isinstance(run, SearchRun)}
 
     def waits(run: TrainRun | SearchRun) -> bool:

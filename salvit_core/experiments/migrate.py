@@ -56,9 +56,9 @@ def migrate(folder: Path) -> dict[Path, Path]:
         if file != new:
             file.unlink()
             moved[file] = new
-    for empty in sorted(folder.iterdir()):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
+    for left in {file.parent for file in moved}:  # whatever else is empty there is not ours
+        if not any(left.iterdir()):
+            left.rmdir()
     return moved
 
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import logging
 import math
+import re
 import signal
 import sys
 import threading
@@ -25,16 +26,23 @@ from .. import workspace
 from ..fields import shown
 from ..training.recipe import Recipe
 from . import store
+from .execute import ABSENT
 from .profiles import profile as profile_of
 
 
 @dataclass
 class Outcome:
-    """How one notebook ended: "" as problem means well."""
+    """How one notebook ended: "" as problem means well. `absent` runs that it asked for are not on record."""
 
     name: str
     seconds: float
     problem: str = ""
+    absent: int = 0
+
+    def said(self) -> str:
+        """What the study says of it."""
+        partial = f"its tables and figures are partial: {self.absent} runs are not on record" if self.absent else ""
+        return "; ".join(filter(None, [self.problem or "well", partial]))
 
 
 def notebooks(only: str, folder: Path) -> list[Path]:
@@ -122,7 +130,7 @@ def _live(name: str) -> Iterator[None]:
 def execute(path: Path, values: dict, output: Path, timeout: float) -> Outcome:
     """Run one notebook and say how it ended; the executed copy keeps what it printed even if it failed."""
     begin = time.perf_counter()
-    problem = ""
+    problem, absent = "", 0
     copy = output / path.name
     try:
         with _live(path.stem):
@@ -136,6 +144,8 @@ def execute(path: Path, values: dict, output: Path, timeout: float) -> Outcome:
                 progress_bar=False,
             )
         cells = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+        printed = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+        absent = sum(map(int, re.findall(rf"^{ABSENT}.*?: (\d+) runs", printed, re.MULTILINE)))
         done = sum(cell.execution_count is not None for cell in cells)
         if done < len(cells):
             problem = f"ended early, after code cell {done} of {len(cells)}"
@@ -143,7 +153,7 @@ def execute(path: Path, values: dict, output: Path, timeout: float) -> Outcome:
         problem = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
     except Exception as error:  # a dead kernel, a cell over its time: whatever it is, the other notebooks still run
         problem = f"{type(error).__name__}: {error}"
-    return Outcome(path.stem, time.perf_counter() - begin, " ".join(problem.split()))
+    return Outcome(path.stem, time.perf_counter() - begin, " ".join(problem.split()), absent)
 
 
 @contextlib.contextmanager
@@ -212,6 +222,6 @@ def run(command: Study) -> int:
     width = max(len(outcome.name) for outcome in outcomes)
     print(f"\n{'notebook':{width}}  minutes  outcome")
     for outcome in outcomes:
-        print(f"{outcome.name:{width}}  {outcome.seconds / 60:7.1f}  {outcome.problem or 'well'}")
+        print(f"{outcome.name:{width}}  {outcome.seconds / 60:7.1f}  {outcome.said()}")
     print(f"executed copies in {output}, figures in {output.parent}")
     return sum(bool(outcome.problem) for outcome in outcomes)

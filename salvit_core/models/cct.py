@@ -41,6 +41,8 @@ class CCT(nn.Module):
 
     def __init__(self, config: CCTConfig, attention: Callable[[CCTConfig, int], nn.Module] = attention_of):
         super().__init__()
+        if not isinstance(config, CCTConfig):
+            raise ValueError(f"config is {type(config).__name__}: give a CCTConfig, such as preset('cct_7_3x1')")
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))

@@ -217,11 +217,13 @@ def config_of(fields: dict) -> Any:
     Raises:
         ValueError: unknown field or value.
     """
+    if not isinstance(fields, dict):
+        raise ValueError(f"fields are {shown(fields)}: give a dict, such as JSON of a configuration holds")
     made = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
     known = {field.name for field in dataclasses.fields(made)}
     if unknown := set(fields) - known:
-        names = f"{', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"
-        raise ValueError(f"{made.__name__} has no field {names}")
+        names = ", ".join(sorted(shown(name).strip("'") for name in unknown))
+        raise ValueError(f"{made.__name__} has no field {names}: choose from {', '.join(sorted(known))}")
     return made(**fields)
 
 

@@ -1,10 +1,13 @@
 """What a model costs in the clear: parameters, FLOPs, latency, peak memory, and where in the network they arise."""
 
+import contextlib
 import operator
 import statistics
 import time
 import weakref
+from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,15 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..fields import Range, shown, whole
 from . import operations
 from .graph import trace
 from .operations import KINDS
 
 CONVENTIONS = ("paper", "torch")
+PASSES = Range(1, 10**6)  # that anybody waits for
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, drawn ones that are not learnt among them; one that is shared (global L2Q) counts once."""
+    """Number of parameters, drawn ones that are not learnt among them; one that is shared (global L2Q) counts once.
+
+    Raises:
+        ValueError: no model.
+    """
+    _refuse(model)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -36,19 +46,48 @@ def flops(model: nn.Module, convention: str = "paper", images: torch.Tensor | No
         images: (B, C, height, width), only their shape counts; taken from `model.config` if left out.
 
     Raises:
-        ValueError: unknown convention, or no images for a model without a config.
+        ValueError: unknown convention, no images for a model without a config, or such as it does not read.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"FLOP convention {convention!r} is unknown: choose from {', '.join(CONVENTIONS)}")
+    if not isinstance(convention, str) or convention not in CONVENTIONS:
+        raise ValueError(f"FLOP convention {shown(convention)} is unknown: choose from {', '.join(CONVENTIONS)}")
+    _refuse(model)
     model = deepcopy(model).to("meta").eval()
-    images = _one_image(model) if images is None else images.to("meta")
-    if convention == "torch":
-        with FlopCounterMode(display=False) as counter:
-            model(images)
-        return counter.get_total_flops() // len(images)
-    count = _PaperFlops(trace(model))
-    count.run(images)
-    return sum(count.flops.values()) // len(images)
+    images = _one_image(model) if images is None else images
+    with _fitting(images):
+        images = images.to("meta")
+        if convention == "torch":
+            with FlopCounterMode(display=False) as counter:
+                model(images)
+            return counter.get_total_flops() // len(images)
+        count = _PaperFlops(trace(model))
+        count.run(images)
+        return sum(count.flops.values()) // len(images)
+
+
+def _refuse(model: Any, **passes: Any) -> None:
+    """Refuse what is no model, and a number of passes that is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {type(model).__name__}: give a torch.nn.Module")
+    for name, number in passes.items():
+        if not whole(number) or not PASSES.holds(number):
+            raise ValueError(f"{name} is {shown(number)}: give a whole number, 1 to {PASSES.most}")
+
+
+@contextlib.contextmanager
+def _fitting(images: Any) -> Iterator[None]:
+    """Refuse what are no images, and say of those that a model cannot read which they are."""
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or not images.numel():
+        kind = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else shown(images)
+        raise ValueError(f"images are {kind}: give a float32 tensor (B, C, height, width) with at least one image")
+    try:
+        yield
+    except torch.OutOfMemoryError:  # it is not the images' kind
+        raise
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        kind = f"{str(images.dtype).removeprefix('torch.')}, {images.layout}, on {images.device}"
+        said = f"images of shape {tuple(images.shape)} ({kind}) do not fit the network"
+        raise ValueError(f"{said}: {reason[:300]}") from error
 
 
 def _one_image(model: nn.Module) -> torch.Tensor:
@@ -82,10 +121,23 @@ class _PaperFlops(fx.Interpreter):
 
 
 def latency(model: nn.Module, images: torch.Tensor, repeats: int = 10, warmup: int = 3) -> list[float]:
-    """Seconds of each of `repeats` forward passes in the clear, on the device where model and images are."""
+    """Seconds of each of `repeats` forward passes in the clear, on the device where model and images are.
+
+    Args:
+        model: any module.
+        images: (B, C, height, width).
+        repeats: passes that count.
+        warmup: passes before them.
+
+    Raises:
+        ValueError: no model, images that it does not read, or a number of passes that is none.
+    """
+    _refuse(model, repeats=repeats)
+    if not whole(warmup) or not 0 <= warmup <= PASSES.most:
+        raise ValueError(f"warmup is {shown(warmup)}: give a whole number, 0 to {PASSES.most}")
     model = model.eval()
     seconds = []
-    with torch.inference_mode():
+    with _fitting(images), torch.inference_mode():
         for repeat in range(warmup + repeats):
             begin = _now(images)
             model(images)
@@ -101,7 +153,17 @@ def _now(tensor: torch.Tensor) -> float:
 
 
 def peak_memory(model: nn.Module, images: torch.Tensor) -> int:
-    """Most bytes that one forward pass holds at a time in tensors it made: activations, without weights and images."""
+    """Most bytes that one forward pass holds at a time in tensors it made: activations, without weights and images.
+
+    Raises:
+        ValueError: no model, or images that it does not read.
+    """
+    _refuse(model)
+    with _fitting(images):
+        return _peak_memory(model, images)
+
+
+def _peak_memory(model: nn.Module, images: torch.Tensor) -> int:
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
@@ -149,14 +211,18 @@ def breakdown(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> pd.Da
     Returns:
         One row per layer and kind of operation: seconds (median over the passes) and flops (paper's convention, of all
         images together).
+
+    Raises:
+        ValueError: no model, images that it does not read, or a number of passes that is none.
     """
+    _refuse(model, repeats=repeats)
     graph = trace(model)
     timed = _Timed(graph)
-    with torch.inference_mode():
+    count = _PaperFlops(trace(deepcopy(model).to("meta")))
+    with _fitting(images), torch.inference_mode():
         for _ in range(repeats + 1):
             timed.run(images)
-    count = _PaperFlops(trace(deepcopy(model).to("meta")))
-    count.run(images.to("meta"))
+        count.run(images.to("meta"))
     rows = [
         {
             "layer": node.meta["layer"],

@@ -67,6 +67,8 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig, attention: Callable[[ViTConfig, int], nn.Module] = attention_of):
         super().__init__()
+        if not isinstance(config, ViTConfig):
+            raise ValueError(f"config is {type(config).__name__}: give a ViTConfig, such as preset('vit_tiny')")
         self.config = config
         self.tokenizer = PatchEmbedding(config)
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))

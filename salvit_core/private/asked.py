@@ -3,6 +3,7 @@
 What is wrong is said in one line: the value, what was expected, and what to do.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,11 +11,12 @@ import psutil
 import torch
 from torch import nn
 
-from ..fields import Among, Count, Range, check
+from ..fields import Among, Count, Range, check, shown
+from .links import Link
 from .protocol import DEALT, LIMIT, PROTOCOLS, PROVIDERS, REVEALS
 
 PIXEL = 1024.0  # fixed point has room for images up to here
-DAYS = 1e7  # seconds: beyond them no clock of a process goes
+DAYS = 2e6  # seconds: poll waits for 2^31 milliseconds at most
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,20 @@ def model_problem(model: Any) -> str | None:
             place = name or type(module).__name__
             return f"model has hooks on {place}, which would not run on shares: remove them, and what registered them"
     return None
+
+
+def folder_problem(name: str, folder: Any) -> str | None:
+    """Why an option is no folder to write to, in one line, or None."""
+    if folder is None or (isinstance(folder, str | os.PathLike) and os.fspath(folder)):
+        return None
+    return f"{name} is {shown(folder)}: give a folder, or None"
+
+
+def link_problem(link: Any) -> str | None:
+    """Why an option is no link, in one line, or None."""
+    if link is None or isinstance(link, Link):
+        return None
+    return f"link is {shown(link)}: give a Link, such as LINKS['LAN (Cheetah)'], or None"
 
 
 def query_size(images: int, batch: int | None) -> int:

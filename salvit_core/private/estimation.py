@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from ..compat import without_compiler
+from ..fields import shown, whole
 from ..models.graph import TRACING, trace
 from ..models.operations import KINDS
 from . import protocol_of
+from .asked import Asked, link_problem, model_problem
 from .interpreter import SecretInterpreter, unsupported
 from .links import Link
-from .protocol import PROTOCOLS, PROVIDERS, REVEALS, SERVER
+from .protocol import SERVER
 from .rehearsal import rehearse
 from .tuned import PROTOCOL as TUNED
 from .tuned.arithmetic.share import BITS, session
@@ -112,20 +114,15 @@ def estimate(
         ValueError: an unknown protocol or provider, bits out of range, a shape that does not fit, a network that cannot
             be run, or a speed for `stock`.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is unknown: choose from {', '.join(PROTOCOLS)}")
-    if provider not in PROVIDERS:
-        raise ValueError(f"provider {provider!r} is unknown: choose from {', '.join(PROVIDERS)}")
-    if bits is not None and not 8 <= bits <= 22:
-        raise ValueError(f"bits is {bits!r}: give 8 to 22 fractional bits, or None")
-    if reveal not in REVEALS:
-        raise ValueError(f"reveal {reveal!r} is unknown: choose from {', '.join(REVEALS)}")
-    if reveal == "label" and protocol != "tuned":
-        raise ValueError(f"protocol {protocol!r} opens the logits: choose tuned to reveal the label alone")
+    bits = Asked(protocol, provider, bits=bits, reveal=reveal).bits
+    if problem := model_problem(model) or link_problem(link):
+        raise ValueError(problem)
+    if speed is not None and not isinstance(speed, Speed):
+        raise ValueError(f"speed is {shown(speed)}: give a Speed, which salvit calibrate measures, or None")
     if speed is not None and protocol != "tuned":
         raise ValueError(f"seconds of protocol {protocol!r} cannot be modelled: a speed is of tuned")
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"shape is {tuple(shape)}: give (B, C, height, width), each at least 1")
+    if not isinstance(shape, Sequence) or len(shape) != 4 or not all(whole(side) and side > 0 for side in shape):
+        raise ValueError(f"shape is {shown(shape)}: give (B, C, height, width), each at least 1")
     config = getattr(model, "config", None)
     if config is not None and tuple(shape[1:]) != (config.channels, config.image, config.image):
         expected = f"(B, {config.channels}, {config.image}, {config.image})"

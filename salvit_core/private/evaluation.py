@@ -10,10 +10,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import workspace
-from ..fields import whole
+from ..fields import shown, whole
 from ..models.graph import trace
 from . import protocol_of
-from .asked import Asked, model_problem
+from .asked import DAYS, Asked, folder_problem, model_problem
 from .interpreter import DomainInterpreter, fingerprint
 from .parties.launch import infer
 
@@ -58,7 +58,9 @@ def evaluate(
     Asked(protocol, provider, bits=bits, batch=batch)
     if not whole(batch):
         raise ValueError(f"batch is {batch!r}: give a whole number of images, 1 or more")
-    if problem := model_problem(model):
+    if not isinstance(label, str):
+        raise ValueError(f"label is {shown(label)}: give a text")
+    if problem := model_problem(model) or folder_problem("folder", folder):
         raise ValueError(problem)
     images, labels = drawn(dataset, n)
 
@@ -88,7 +90,7 @@ def evaluate(
                 images[start:],
                 protocol,
                 provider,
-                timeout=600.0 + 60.0 * (n - start),
+                timeout=min(DAYS, 600.0 + 60.0 * (n - start)),
                 bits=bits,
                 batch=batch,
                 progress=keep,
@@ -128,9 +130,11 @@ def evaluate(
 
 def drawn(dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """N test images without replacement, seed 0, as the network reads them, and their labels."""
+    if not hasattr(dataset, "test"):
+        raise ValueError(f"dataset is {type(dataset).__name__}: give what datasets.load gives")
     there = len(dataset.test.labels)
     if not whole(n) or not 1 <= n <= there:
-        raise ValueError(f"n is {n}: the test split of {dataset.name} has {there} images, give 1 to {there}")
+        raise ValueError(f"n is {shown(n)}: the test split of {dataset.name} has {there} images, give 1 to {there}")
     chosen = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:n]
     return dataset.test.normalised(dataset.test.images.cpu()[chosen]), dataset.test.labels.cpu()[chosen]
 

@@ -4,8 +4,11 @@ Everything else in the study is measured on loopback. A `Link` turns such a meas
 labelled "modelled", or delays every message of a real run (`private.infer(..., link=...)`), which is measured.
 """
 
+import math
 import time
 from dataclasses import dataclass
+
+from ..fields import number, shown
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,17 @@ class Link:
         bandwidth: bytes per second, each way at once.
 
     Raises:
-        ValueError: a negative round-trip time, or a bandwidth that is not positive.
+        ValueError: a round-trip time that is negative or endless, or a bandwidth that is not positive.
     """
 
     rtt: float
     bandwidth: float
 
     def __post_init__(self):
-        if not self.rtt >= 0:
-            raise ValueError(f"rtt is {self.rtt!r}: give seconds, zero or more")
-        if not self.bandwidth > 0:
-            raise ValueError(f"bandwidth is {self.bandwidth!r}: give bytes per second, more than zero")
+        if not number(self.rtt) or not 0 <= self.rtt < math.inf:
+            raise ValueError(f"rtt is {shown(self.rtt)}: give seconds, zero or more")
+        if not number(self.bandwidth) or not self.bandwidth > 0:
+            raise ValueError(f"bandwidth is {shown(self.bandwidth)}: give bytes per second, more than zero")
 
     def seconds(self, rounds: float, size: float) -> float:
         """What this many rounds add, which carry `size` bytes one after another."""

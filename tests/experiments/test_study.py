@@ -50,6 +50,26 @@ def test_values_are_typed():
     }
 
 
+PARTIAL = """
+from salvit_core import preset
+from salvit_core.experiments import execute
+from salvit_core.experiments.runs import PrivateRun
+for layers in (1, 2):
+    runs = [PrivateRun(preset("cct_2_3x1", layers=layers), query=i, seed=987654) for i in range(layers)]
+    execute.collect(runs, "reference")
+"""
+
+
+@pytest.mark.processes
+def test_a_study_of_which_runs_are_missing_says_that_it_is_partial(folder, capsys):
+    notebook(folder, "00_partial", PARTIAL)
+    notebook(folder, "01_whole", "print('all there')")
+    cli.main(["study", "--notebooks", str(folder), "--profile", "smoke"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:2].isdigit()}
+    assert lines["00_partial"].endswith("well; its tables and figures are partial: 3 runs are not on record")
+    assert lines["01_whole"].endswith("well")
+
+
 @pytest.mark.processes
 def test_failures_are_told_and_the_others_run(folder, capsys):
     notebook(folder, "00_fails", "print('so far')", "1 / 0", "print('never')")

@@ -1,7 +1,10 @@
 """What is asked of a private run is looked at before anything meets; every wrong value gets one line that names it."""
 
+import contextlib
+import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,11 +13,14 @@ import time
 from copy import deepcopy
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_private_launch import PARTY, files, free_port, images, model
+from test_private_faults import inside
+from test_private_launch import PARTY, files, free_port, images, model, parties_alive
 from torch import nn
 
 from salvit_core import private
@@ -60,7 +66,7 @@ def with_weight(name, value):
         (dict(timeout=float("inf")), "timeout is inf: give a finite number"),
         (dict(timeout=float("nan")), "timeout is nan: give a finite number"),
         (dict(timeout="10"), "timeout is '10': give a finite number"),
-        (dict(timeout=1e9), "timeout is 1000000000.0: give at most"),
+        (dict(timeout=2.1e6), "timeout is 2100000.0: give at most 2000000.0"),
         (dict(bits="13"), "bits is '13': give a whole number, or None"),
         (dict(bits=13.5), "bits is 13.5: give a whole number, or None"),
         (dict(bits=40), "bits is 40: give 8 to 22, or None"),
@@ -93,7 +99,7 @@ def test_any_value_is_taken_or_refused_in_one_line(name, value):
         assert name in str(error) and "\n" not in str(error)
         return
     good = {
-        "timeout": lambda x: 0 < x <= 1e7,
+        "timeout": lambda x: 0 < x <= 2e6,
         "bits": lambda x: x is None or 8 <= x <= 22,
         "batch": lambda x: x is None or x >= 1,
         "check": lambda x: x in (True, False),
@@ -237,6 +243,25 @@ def test_a_party_refuses_bad_files_before_it_meets_anybody(tmp_path, role, optio
         party.main([role, *words])
 
 
+@pytest.mark.parametrize("role, option", [("client", "result"), ("server", "drift"), ("client", "audit")])
+@pytest.mark.parametrize("what", ["a link", "a FIFO", "a folder"])
+def test_a_party_replaces_nothing_and_says_so_before_it_meets_anybody(tmp_path, role, option, what):
+    place = tmp_path / "theirs"
+    make = {"a link": lambda path: path.symlink_to("nowhere"), "a FIFO": os.mkfifo, "a folder": os.mkdir}[what]
+    make(place)
+    before = place.lstat()
+    message = f"party . .{role}.: cannot write .*theirs: it is {what}, no plain file; name another file"
+    with pytest.raises(SystemExit, match=message):
+        party.main([role, *alone(tmp_path, role, timeout=5, **{option: place})])
+    assert place.lstat() == before
+
+
+def test_a_party_does_not_wait_for_a_fifo_that_nobody_fills(tmp_path):
+    os.mkfifo(tmp_path / "weights")
+    with pytest.raises(SystemExit, match="cannot read .*weights .it is no plain file.: mend that"):
+        party.main(["server", *alone(tmp_path, "server", timeout=5, weights=tmp_path / "weights")])
+
+
 def test_a_server_refuses_weights_that_are_not_finite(tmp_path):
     words = alone(tmp_path, "server")
     path = next(word.partition("=")[2] for word in words if word.startswith("--weights="))
@@ -257,39 +282,36 @@ def test_a_client_without_a_server_says_so(tmp_path):
 
 @pytest.mark.processes
 def test_a_second_client_ends_with_its_time_and_the_first_is_served(tmp_path):
+    """It comes when the server has met the first, whose name it has, too, and listens no more."""
     options, port = files(tmp_path), free_port("127.0.0.1")
     common = [f"--meet=127.0.0.1:{port}", "--protocol=tuned"]
-    found = {}
 
-    def client(number):
-        words = [word for word in options["client"] if not word.startswith("--result")]
-        words += [f"--result={tmp_path / f'{number}.pt'}", f"--timeout={60 if number else 20}"]
-        command = [*PARTY, "client", *common, *words]
-        found[number] = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    def started(role, *words, timeout=60):
+        command = [*PARTY, role, *common, *options[role], *words, f"--timeout={timeout}"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(2)]
-    for thread in clients:
-        thread.start()
-    server = subprocess.run(
-        [*PARTY, "server", *common, *options["server"]], capture_output=True, text=True, timeout=120
-    )
-    for thread in clients:
-        thread.join()
-    assert server.returncode == 0, server.stderr
-    ends = [found[number].returncode == 0 for number in range(2)]
-    assert sorted(ends) == [False, True]
-    left = found[ends.index(False)].stderr.strip().splitlines()[-1]
+    def listening():
+        with contextlib.suppress(psutil.Error):
+            return any(each.status == "LISTEN" for each in psutil.Process(server.pid).net_connections("tcp"))
+
+    server = started("server")
+    while not listening():
+        assert server.poll() is None
+        time.sleep(0.02)
+    first = started("client")
+    while listening():
+        time.sleep(0.02)
+    second = started("client", f"--result={tmp_path / 'second.pt'}", timeout=5)
+    ended = {process: process.communicate(timeout=120)[1] for process in (server, first, second)}
+    assert server.returncode == 0, ended[server]
+    assert sorted([first.returncode == 0, second.returncode == 0]) == [False, True]
+    left = ended[second].strip().splitlines()[-1]
     assert left.startswith("party 1 (client): ") and "server" in left
+    assert (tmp_path / "client" / "result.pt").exists() and not (tmp_path / "second.pt").exists()
 
 
-@pytest.mark.processes
-def test_terms_that_are_none_are_refused(tmp_path):
-    """A stranger at stock's store, who says nothing that a party says."""
-    import torch.distributed as dist
-
-    port, options = free_port("127.0.0.1"), files(tmp_path)
-    command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def met(port):
+    """The store of a server of stock, as soon as it listens."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -297,11 +319,90 @@ def test_terms_that_are_none_are_refused(tmp_path):
             break
         except OSError:
             time.sleep(0.1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    store.set("client", json.dumps([1]))
+    return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "terms, said",
+    [
+        ([1], "the client sent no terms: it must be of this version"),
+        ({}, "the client's images have shape None: four positive numbers were expected"),
+        ({"shape": [1, 1, 8, -8]}, "the client's images have shape [1, 1, 8, -8]: four positive numbers were expected"),
+    ],
+)
+def test_terms_that_are_none_are_refused(tmp_path, terms, said):
+    """A stranger at stock's store, who says nothing that a party says."""
+    port, options = free_port("127.0.0.1"), files(tmp_path)
+    command = [*PARTY, "server", f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=60", *options["server"]]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    store = met(port)
+    store.set("client", json.dumps(terms))
+    store.set("client has read", "")
+    begin = time.monotonic()
     _, errors = server.communicate(timeout=90)
-    assert server.returncode != 0 and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1] == "party 0 (server): the client sent no terms: it must be of this version"
+    assert server.returncode == 1 and "Traceback" not in errors and time.monotonic() - begin < 30
+    assert errors.strip().splitlines()[-1] == f"party 0 (server): {said}"
+
+
+# Joins gloo only once a stranger has been at all ports of its peer's.
+LATE = """
+import torch.distributed as dist
+
+def late(*words, before=dist.init_process_group, **options):
+    import time
+    time.sleep(1.5)
+    before(*words, **options)
+
+dist.init_process_group = late
+"""
+
+
+@pytest.mark.processes
+def test_garbage_at_gloos_ports_changes_no_answer(monkeypatch, tmp_path):
+    """From the moment they listen: of every length, with and without a number that gloo might wait for."""
+    inside(monkeypatch, tmp_path / "site", "client", LATE)
+    port, over, held, disturbed = free_port("127.0.0.1"), threading.Event(), [], set()
+
+    def disturb():
+        while not over.wait(0.02):
+            for process in parties_alive():
+                with contextlib.suppress(OSError, psutil.Error):
+                    listening = [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
+                    for place in {place for place in listening if place.port != port} - disturbed:
+                        disturbed.add(place)
+                        for number in range(8):
+                            held.append(socket.create_connection(place, timeout=2))
+                            held[-1].sendall((number.to_bytes(8, "little") + b"\xff" * 4000)[: 1 << (2 * number)])
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        result = private.infer(model(), images(), "stock", timeout=60, meet=f"127.0.0.1:{port}")
+    finally:
+        over.set()
+        thread.join()
+        for connection in held:
+            connection.close()
+    assert result.error < 0.05 and len(disturbed) > 1
+
+
+@pytest.mark.processes
+def test_a_peer_that_met_and_falls_silent_is_waited_for_until_the_time_is_over(tmp_path):
+    """A stranger who says what the client would say, and never joins."""
+    port, options = free_port("127.0.0.1"), files(tmp_path)
+    words = [f"--meet=127.0.0.1:{port}", "--protocol=stock", "--timeout=12", *options["server"]]
+    begin = time.monotonic()
+    server = subprocess.Popen([*PARTY, "server", *words], stderr=subprocess.PIPE, text=True)
+    store = met(port)
+    store.wait(["server"])
+    terms = json.loads(store.get("server")) | {"shape": [1, 1, 8, 8]}
+    store.set("client", json.dumps(terms))
+    store.set("client has read", "")
+    _, errors = server.communicate(timeout=60)
+    assert server.returncode == 3 and time.monotonic() - begin < 12 + 2 + 10  # what an import may take
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("party 0 (server): not done after 12 s: ") and "Traceback" not in errors
 
 
 @pytest.mark.processes
@@ -315,6 +416,79 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
     message = r"cannot write .*weights.pt \(No space left on device\): set TMPDIR to a folder with room"
     with pytest.raises(private.PrivateInferenceError, match=message):
         private.infer(model(), images(), "tuned")
+
+
+# What a party on a full disk is left with: it writes nothing, not even why.
+NO_ROOM = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("full", [True, False])
+def test_parties_that_could_not_even_say_why_are_spoken_for(monkeypatch, tmp_path, full):
+    inside(monkeypatch, tmp_path / "site", "client", NO_ROOM)
+    original = launch.tempfile.TemporaryFile
+
+    def trial(**options):
+        if full and "dir" in options:
+            raise OSError(28, "No space left on device")
+        return original(**options)
+
+    monkeypatch.setattr(launch.tempfile, "TemporaryFile", trial)
+    with pytest.raises(private.PrivateInferenceError) as caught:
+        private.infer(model(), images(), "tuned")
+    said = r": \(said nothing: cannot write .*salvit-\w+ \(No space left on device\), set TMPDIR to a folder with room"
+    assert re.search(said if full else r": \(said nothing\)", str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+FULL = """
+import torch
+from salvit_core import CCT, preset, private
+try:
+    private.infer(CCT(preset("cct_2_3x1", "SA L2Q")), torch.zeros(4, 1, 8, 8), "tuned", batch=1)
+except private.PrivateInferenceError as error:
+    print(error)
+"""
+DISK = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size="$0"k tmpfs "$TMPDIR" && "$@" && ls -A "$TMPDIR"']
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kilobytes", [12, 100, 148])  # without room for the weights, the graph, the result
+def test_a_disk_that_is_really_full(tmp_path, kilobytes):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    if subprocess.run([*DISK, "8", "true"], env=environment, capture_output=True).returncode:
+        pytest.skip("no disk of its own can be had here")
+    command = [*DISK, str(kilobytes), sys.executable, "-c", FULL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1 and not done.stderr  # nor is anything left
+    assert re.search(r"cannot write .*salvit-.* .No space left on device.(: set TMPDIR|: make room|, set)", done.stdout)
+
+
+@pytest.mark.parametrize("what", ["server", "client.log"])
+def test_a_disk_without_room_for_a_file_is_named(monkeypatch, tmp_path, what):
+    """Of names alone a disk may have no more."""
+
+    def full(path, *words, before, **options):
+        if path.name == what:
+            raise OSError(28, "No space left on device")
+        return before(path, *words, **options)
+
+    for name in ("mkdir", "touch"):
+        before = getattr(launch.Path, name)
+        monkeypatch.setattr(launch.Path, name, functools.partialmethod(full, before=before))
+    monkeypatch.setattr(launch, "guard", lambda *_: None)
+    monkeypatch.setattr(launch, "bear", lambda words, *_: Stopped() if words[0] != what else pytest.fail("it began"))
+    with pytest.raises(private.PrivateInferenceError, match="cannot write .*No space left on device.: set TMPDIR to a"):
+        private.infer(model(), images(), "tuned")
+
+
+class Stopped:
+    """A party that has ended."""
+
+    def poll(self):
+        return 0
+
+    wait = close = poll
 
 
 @pytest.mark.processes

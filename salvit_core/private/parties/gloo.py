@@ -1,6 +1,8 @@
 """How the parties of `stock` meet: a key-value store that the server hosts, and CrypTen's process group over gloo.
 
-Both are in clear and open to whoever reaches their ports: fit for one machine, or for a tunnel of the user's own.
+Both are in clear and open to whoever reaches their ports: fit for one machine, or for a tunnel of the user's own. What
+is no message of the store or of gloo is dropped there; who takes a peer's place and says nothing is to gloo a peer that
+still computes, so that only the party's own time-out ends the wait.
 """
 
 import json

@@ -18,10 +18,21 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ...fields import shown
 from ...models.graph import TRACING, trace
 from ...models.operations import KINDS
 from .. import protocol_of
-from ..asked import Asked, image_problem, memory_problem, model_problem, query_size, weight_problem
+from ..asked import (
+    DAYS,
+    Asked,
+    folder_problem,
+    image_problem,
+    link_problem,
+    memory_problem,
+    model_problem,
+    query_size,
+    weight_problem,
+)
 from ..estimation import Costs, estimate
 from ..interpreter import DomainInterpreter, unsupported
 from ..links import Link
@@ -39,6 +50,8 @@ ROOMY = 16
 
 # A fork of a process whose torch computed with several threads has none of them, and would wait for them for ever.
 os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
+_ROOM = "set TMPDIR to a folder with room for weights and images"
 
 # How long the surviving parties may take to say why they stop.
 LAST_WORDS = 4.0
@@ -140,7 +153,8 @@ def infer(
     only. All of them are this user's on one machine: nothing is secret from who runs it.
 
     The parties of "tuned" have sockets that were connected before they started: nothing listens, and nobody else can
-    connect. Those of "stock" meet over CrypTen's, in clear, which any user of the machine can reach.
+    connect. Those of "stock" meet over CrypTen's, in clear, which any user of the machine can reach: who takes a place
+    there makes them wait, which nothing but `timeout` ends.
 
     Args:
         model: any module whose operations the protocol knows; it is used in evaluation mode and not changed.
@@ -169,11 +183,13 @@ def infer(
     """
     asked = Asked(protocol, provider, timeout, bits, batch, check, drift, reveal, dealt, device)
     timeout, bits, batch = asked.timeout, asked.bits, asked.batch
-    if not isinstance(meet, str) or not re.fullmatch(r".+:\d{1,5}", meet) or int(meet.rpartition(":")[2]) > 65535:
+    if not isinstance(meet, str) or not re.fullmatch(r".+:[0-9]{1,5}", meet) or int(meet.rpartition(":")[2]) > 65535:
         raise ValueError(f"meet is {meet!r}: give HOST:PORT, such as 127.0.0.1:0")
     host, _, port = meet.rpartition(":")
-    if link is not None and not isinstance(link, Link):
-        raise ValueError(f"link is {link!r}: give a Link, such as LINKS['LAN'], or None")
+    if problem := link_problem(link) or folder_problem("audit", audit):
+        raise ValueError(problem)
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is {shown(progress)}: give a function of a dict, or None")
     if audit and protocol != "tuned":
         raise ValueError(f"protocol {protocol!r} knows no audit: choose tuned")
     if problem := model_problem(model) or image_problem(images, getattr(model, "config", None)):
@@ -194,13 +210,17 @@ def infer(
             raise ValueError(f"batch is {batch!r}: {problem}")
 
     deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory(prefix="salvit-", ignore_cleanup_errors=True) as name:
+    with contextlib.ExitStack() as stack:
+        with _writing(Path(tempfile.gettempdir())):
+            kept = tempfile.TemporaryDirectory(prefix="salvit-", ignore_cleanup_errors=True)
+        name = stack.enter_context(kept)
         folder = Path(name)
         with _answering(timeout):
             guard(folder, deadline)
         server, client = folder / "server", folder / "client"
-        server.mkdir()
-        client.mkdir()
+        with _writing(folder):
+            server.mkdir()
+            client.mkdir()
         _put(graph.state_dict(), server / "weights.pt")
         _put(images, client / "images.pt")
         _put(packed_graph(deepcopy(graph)), folder / "graph.pt")
@@ -343,14 +363,28 @@ def _violations(graph: torch.fx.GraphModule, images: torch.Tensor, table: Protoc
     return clear.violations
 
 
+@contextlib.contextmanager
+def _writing(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise PrivateInferenceError(f"cannot write {path} ({error.strerror}): {_ROOM}") from error
+
+
 def _put(what, path: Path) -> None:
     """Write what a party reads."""
-    try:
+    with _writing(path):
         path.write_bytes(packed(what))
+
+
+def _silence(folder: Path) -> str:
+    """Why a party said nothing: where it left no word on a full disk, that is why."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(4096))
     except OSError as error:
-        raise PrivateInferenceError(
-            f"cannot write {path} ({error.strerror}): set TMPDIR to a folder with room for weights and images"
-        ) from error
+        return f"(said nothing: cannot write {folder} ({error.strerror}), {_ROOM})"
+    return "(said nothing)"
 
 
 def run_parties(
@@ -394,8 +428,11 @@ def run_parties(
             given["server"]["--listen="] = meeting
         stack.callback(_stop, running)
         for role, options in parties.items():
-            words = [role, f"--meet={host}:{port}", "--leash", f"--protocol={protocol}", f"--timeout={timeout + 5}"]
+            words = [role, f"--meet={host}:{port}", "--leash", f"--protocol={protocol}"]
+            words += [f"--timeout={min(timeout + 5, DAYS)}"]
             descriptors = {option: end.fileno() for option, end in given[role].items()}
+            with _writing(folder / f"{role}.log"):
+                (folder / f"{role}.log").touch()
             with _answering(timeout):
                 running[role] = bear(words + options, folder, threads, deadline, descriptors)
         for end in itertools.chain.from_iterable(ends.values() for ends in given.values()):
@@ -458,7 +495,7 @@ def _last_words(roles: list[str], running: dict[str, Born], folder: Path) -> str
         fate = {None: "was still running", 0: "ended well"}.get(status, f"ended with status {status}")
         if status is not None and status < 0:
             fate = f"was killed by signal {-status}"
-        last = lines[-1].removeprefix(f"party {ROLES.index(role)} ({role}): ") if lines else "(said nothing)"
+        last = lines[-1].removeprefix(f"party {ROLES.index(role)} ({role}): ") if lines else _silence(folder)
         words.append(f"party {ROLES.index(role)} ({role}) {fate}: {last}")
     return "; ".join(words)
 

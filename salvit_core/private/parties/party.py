@@ -21,13 +21,14 @@ import io
 import json
 import os
 import pickle
+import re
 import secrets
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -61,7 +62,7 @@ def read_architecture(path: Path) -> tuple[torch.fx.GraphModule, TransformerConf
         PartyError: the file is no configuration.
     """
     try:
-        config = config_of(json.loads(path.read_text()))
+        config = config_of(json.loads(_plain(path).read_text()))
         with torch.device("meta"):
             return trace(build(config)), config
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,6 +90,21 @@ def packed(what) -> bytes:
     return file.getvalue()
 
 
+@contextlib.contextmanager
+def _said():
+    """What is wrong with a file, in the line that the workspace has for it."""
+    try:
+        yield
+    except OSError as error:
+        raise PartyError(error.strerror or str(error)) from error
+
+
+def _plain(path: Path) -> Path:
+    """A file that may be read; a FIFO, say, might never end."""
+    with _said():
+        return workspace.readable(path)
+
+
 def _read(path: Path, expected: str) -> Any:
     """What torch.save wrote, of tensors alone.
 
@@ -96,7 +112,7 @@ def _read(path: Path, expected: str) -> Any:
         PartyError: it is something else.
     """
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(_plain(path), weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as error:
         raise PartyError(f"{path.name} does not hold {expected} that torch.save wrote: {_line(error)[:200]}") from error
 
@@ -176,6 +192,10 @@ def run(args: argparse.Namespace) -> None:
         "reserve": None,
         "fill": None,
     }
+    for place in (args.result, args.drift, args.audit):
+        if place is not None:
+            with _said():
+                workspace.try_out(place)
     images: torch.Tensor | None = None
     protocol = None if args.role == "dealer" else protocol_of(args.protocol)
     if protocol is not None:
@@ -213,6 +233,7 @@ def run(args: argparse.Namespace) -> None:
     meeting = rendezvous if args.protocol == "tuned" else gloo
     everyone, peers = meeting.meet(args, terms, deadline)
     agree(everyone, args.role)
+    shape = () if protocol is None else asked_for(everyone)  # before gloo, which would wait for a stranger
     if args.protocol == "stock":
         gloo.join(args, peers)
     elif args.role == "dealer":
@@ -226,7 +247,6 @@ def run(args: argparse.Namespace) -> None:
     if args.role == "server":
         graph = graph.to(args.device)
     network = SecretInterpreter(graph, protocol, keep=args.drift is not None)
-    shape = asked_for(everyone)
     size = query_size(shape[0], args.batch)
     starts = range(0, shape[0], size)
     dealt_for["shape"] = [size, *shape[1:]]
@@ -272,10 +292,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _save(what, path: Path) -> None:
-    try:
+    with _said():
         workspace.write(path, packed(what))
-    except OSError as error:
-        raise PartyError(f"cannot write {path.name} ({error.strerror or error})") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, where argparse puts its usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"error: {' '.join(message.split())}: {self.prog} --help tells the options\n")
 
 
 def _line(error: BaseException) -> str:
@@ -283,7 +309,7 @@ def _line(error: BaseException) -> str:
 
 
 def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="salvit party", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = _Parser(prog="salvit party", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("role", choices=ROLES, help="or identity: see salvit party identity --help")
     parser.add_argument("--meet", type=_place, metavar="HOST:PORT", help="where the server listens")
     parser.add_argument("--dealer", type=_place, metavar="HOST:PORT", help="where the dealer of tuned listens")
@@ -310,7 +336,8 @@ def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
     parser.add_argument("--shape", type=_shape, metavar="B,C,H,W", help="client: with --fill, of a query's images")
     parser.add_argument("--audit", type=Path, help="write all messages that this party receives here")
     parser.add_argument("--drift", type=Path, help="write this party's share of every activation here")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds until this party gives up")
+    patience = "seconds until this party gives up: with stock, all that ends a wait for a peer that falls silent"
+    parser.add_argument("--timeout", type=float, default=600.0, help=patience)
     parser.set_defaults(graph=None, listen=None, socket=None, leash=False)
     if launched:  # nobody's but the launcher's
         parser.add_argument("--graph", type=Path, help="a graph instead of --architecture")
@@ -335,7 +362,7 @@ def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.reserve and args.protocol == "stock":
-        parser.error("stock deals as it goes: give --protocol tuned")
+        parser.error(f"--reserve {args.reserve}: stock deals as it goes, give --protocol tuned")
     if args.fill and not args.reserve:
         parser.error("--fill needs --reserve, the folder that it fills")
     if args.reserve and args.provider == "TFP":
@@ -349,7 +376,7 @@ def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
 
 def _place(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r}: expected HOST:PORT, such as 127.0.0.1:29500")
     return host, int(port)
 
@@ -381,11 +408,15 @@ def _socket(text: str) -> tuple[str, int]:
 
 
 def _link(text: str) -> Link:
-    return Link(*map(float, text.split(",")))
+    try:
+        rtt, bandwidth = map(float, text.split(","))
+        return Link(rtt, bandwidth)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected RTT,BANDWIDTH, such as 0.04,44e6") from error
 
 
 def _identity(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="salvit party identity",
         description="Make this party's key and certificate, and print the fingerprint that the others give as --peer.",
     )
@@ -417,7 +448,8 @@ def _give_up(who: str, seconds: float, over: threading.Event) -> None:
     """A thread, because the main one may be waiting in gloo for a peer that will never answer."""
     if over.wait(seconds + 2):  # whoever can say better what it waits for speaks first
         return
-    print(f"{who}: not done after {seconds:.0f} s", file=sys.stderr, flush=True)
+    todo = "see whether the other party still computes, or raise --timeout"
+    print(f"{who}: not done after {seconds:.0f} s: {todo}", file=sys.stderr, flush=True)
     os._exit(3)
 
 

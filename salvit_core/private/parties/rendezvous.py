@@ -103,7 +103,8 @@ def check(args: Namespace) -> None:
     addresses = [place for place in (args.meet, args.dealer) if place is not None]
     far = [f"{host}:{port}" for host, port in addresses if not _loopback(host)]
     if args.protocol == "stock" and args.identity is not None:
-        raise PartyError("stock sends over CrypTen's connections, which know no identities: choose --protocol tuned")
+        stock = "stock sends over CrypTen's connections, which know no identities"
+        raise PartyError(f"--identity {args.identity}: {stock}: choose --protocol tuned")
     if args.protocol == "tuned" and args.tunnel:
         raise PartyError("--tunnel is for stock: tuned makes TLS of its own, give --identity and --peer")
     if (far or args.tunnel) and args.provider == "TFP":
