@@ -26,9 +26,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Args:
         model: any module that torch.fx can trace; it is not changed.
 
+    A graph whose nodes know their places, such as `foreign.adopt` makes, is such a graph already: a copy is given.
+
     Raises:
         ValueError: the model's forward depends on its data (a Python `if` on a tensor, say).
     """
+    if isinstance(model, fx.GraphModule) and all("layer" in node.meta for node in model.graph.nodes):
+        return deepcopy(model).eval()
     # A copy: the graph shares its modules, and must stay in evaluation mode whatever becomes of the model.
     model = deepcopy(model).eval()
     try:
