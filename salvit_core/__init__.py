@@ -4,6 +4,7 @@ import importlib
 
 from .models.cct import CCT
 from .models.config import PRESETS, CCTConfig, ViTConfig, config_of, preset
+from .models.foreign import adopt
 from .models.rows import MECHANISMS, METHODS
 from .models.vit import ViT, build
 
@@ -16,6 +17,7 @@ __all__ = [
     "CCTConfig",
     "ViT",
     "ViTConfig",
+    "adopt",
     "build",
     "config_of",
     "cost",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import operations
-from .graph import trace
+from .foreign import read, unknown
 from .operations import KINDS
 
 CONVENTIONS = ("paper", "torch")
@@ -46,7 +46,7 @@ def flops(model: nn.Module, convention: str = "paper", images: torch.Tensor | No
         with FlopCounterMode(display=False) as counter:
             model(images)
         return counter.get_total_flops() // len(images)
-    count = _PaperFlops(trace(model))
+    count = _PaperFlops(read(model, images, unknown))
     count.run(images)
     return sum(count.flops.values()) // len(images)
 
@@ -142,7 +142,7 @@ def breakdown(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> pd.Da
     """Where the clear forward pass spends its time and its FLOPs.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: any module that torch.fx can trace or `foreign.adopt` can read.
         images: (B, C, height, width).
         repeats: forward passes, after one to warm up; the median counts.
 
@@ -150,12 +150,12 @@ def breakdown(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> pd.Da
         One row per layer and kind of operation: seconds (median over the passes) and flops (paper's convention, of all
         images together).
     """
-    graph = trace(model)
+    graph = read(model, images, unknown)
     timed = _Timed(graph)
     with torch.inference_mode():
         for _ in range(repeats + 1):
             timed.run(images)
-    count = _PaperFlops(trace(deepcopy(model).to("meta")))
+    count = _PaperFlops(deepcopy(graph).to("meta"))
     count.run(images.to("meta"))
     rows = [
         {

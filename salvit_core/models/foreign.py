@@ -230,7 +230,9 @@ class _Adoption:
         found = self._walk(program.graph_module, given)
         plain = signature is None or signature.out_spec.is_leaf()
         if len(found) != 1 or not plain or not isinstance(found[0], fx.Node):
-            raise ValueError(f"{type(self.model).__name__} does not return one tensor: wrap it so that it returns logits")
+            raise ValueError(
+                f"{type(self.model).__name__} does not return one tensor: wrap it so that it returns logits"
+            )
         if isinstance(self.batch, int):
             raise ValueError(f"{type(self.model).__name__} is written for one size of batch: let it take any")
         self.graph.output(found[0])
@@ -298,7 +300,9 @@ class _Adoption:
             env[node.args[0]] = result
             source = node.args[0]
             if _name(source.target) in VIEWS and len(source.args[0].users) > 1:
-                self.refused.append(f"no private protocol for {name}_ of a view ({place}): {name} could stand in for it")
+                self.refused.append(
+                    f"no private protocol for {name}_ of a view ({place}): {name} could stand in for it"
+                )
         return result
 
     def _ruled(self, name: str, args: tuple, options: dict) -> Any:
@@ -479,9 +483,11 @@ def _mapped(function: Callable[[Any], Any], what: Any) -> Any:
     if isinstance(what, dict):
         return {key: _mapped(function, value) for key, value in what.items()}
     if isinstance(what, tuple | list):
-        return type(what)(_mapped(function, value) for value in what) if type(what) in (tuple, list) else [
-            _mapped(function, value) for value in what
-        ]
+        return (
+            type(what)(_mapped(function, value) for value in what)
+            if type(what) in (tuple, list)
+            else [_mapped(function, value) for value in what]
+        )
     return function(what)
 
 
@@ -528,7 +534,7 @@ def _rule(*names: str) -> Callable[[Callable], Callable]:
     """Enter a rule under names of torch.ops.aten; its arguments are those of the operation, after the adoption."""
 
     def enter(function: Callable) -> Callable:
-        RULES.update({name: function for name in names})
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return enter
@@ -808,7 +814,7 @@ def _divided(adoption: _Adoption, x: Any, y: Any) -> fx.Node:
     if isinstance(y, Fixed):
         return adoption.gain(x, Fixed(1 / y.value, y.learnt), adoption.shape_of(0))
     if isinstance(y, fx.Node):
-        return adoption.module("quotient", Divide(), _secret(x, "div"), y)
+        return adoption.module("quotient", Divide(eps=0.0), _secret(x, "div"), y)
     return adoption.function(operator.truediv, x, float(y))
 
 
@@ -1095,8 +1101,9 @@ def _interpolated(adoption: _Adoption, x: fx.Node, *options: Any, **more: Any) -
         # A picture of one unit line: along the axis it is what torch makes of it, across it is all the same.
         picture = line[..., :, None] if axis == 0 else line[..., None, :]
         across = adoption.shape_of(0)[-1 - axis]
-        picture = picture.repeat(*[1] * picture.dim()).expand(*(across if s == 1 and i == picture.dim() - 2 + (1 - axis)
-            else s for i, s in enumerate(picture.shape)))
+        picture = picture.repeat(*[1] * picture.dim()).expand(
+            *(across if s == 1 and i == picture.dim() - 2 + (1 - axis) else s for i, s in enumerate(picture.shape))
+        )
         made = adoption.node.target(picture.contiguous(), *options, **more)
         return made[..., :, 0] if axis == 0 else made[..., 0, :]
 

@@ -96,13 +96,12 @@ class Divide(Operation):
     Args:
         scale: public estimate of the denominator's size, for protocols that need to know; the result does not
             depend on it.
+        eps: zero where the denominator has been kept from zero before.
     """
 
-    eps = EPS
-
-    def __init__(self, scale: float = 1.0):
+    def __init__(self, scale: float = 1.0, eps: float = EPS):
         super().__init__()
-        self.scale = scale
+        self.scale, self.eps = scale, eps
 
     def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
         """Numerators and denominators >= 0 that broadcast -> their quotients."""

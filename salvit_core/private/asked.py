@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..fields import Among, Count, Range, check
+from ..models.config import TransformerConfig
 from .protocol import DEALT, LIMIT, PROTOCOLS, PROVIDERS, REVEALS
 
 PIXEL = 1024.0  # fixed point has room for images up to here
@@ -87,6 +88,12 @@ def image_problem(images: Any, config: Any = None) -> str | None:
     if images.abs().max() > PIXEL:
         return f"images reach {images.abs().max():.3g}: fixed point needs values within 1024, so normalise the pixels"
     return None
+
+
+def config_of(model: nn.Module) -> TransformerConfig | None:
+    """The configuration of a network of ours: others' may have one that says something else."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, TransformerConfig) else None
 
 
 def weight_problem(weights: dict[str, torch.Tensor]) -> str | None:

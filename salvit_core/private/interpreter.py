@@ -2,11 +2,13 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from ..models.foreign import read
 from ..models.graph import parameters_of
 from .domains import Span, spans
 from .protocol import LIMIT, OPTIONS, Protocol, Traffic
@@ -26,6 +28,23 @@ def unsupported(graph: fx.GraphModule, protocol: Protocol) -> list[str]:
         elif node.op in ("call_function", "call_method") and node.target not in protocol.functions:
             missing.append(f"{getattr(node.target, '__name__', node.target)} ({node.meta['layer']})")
     return missing
+
+
+def network_of(model: nn.Module, shape: Sequence[int], protocol: Protocol) -> fx.GraphModule:
+    """A model's graph, every operation of which the protocol has: traced, or adopted where others wrote it.
+
+    Args:
+        model: any module.
+        shape: of the images that it reads, (B, C, height, width).
+        protocol: whose operations count.
+
+    Raises:
+        ValueError: operations that it lacks, one line each, with what could stand in for it.
+    """
+    graph = read(model, torch.zeros(tuple(shape)), lambda graph: unsupported(graph, protocol))
+    if missing := unsupported(graph, protocol):
+        raise ValueError(f"no private protocol for {', '.join(missing)}: {protocol.name} has none")
+    return graph
 
 
 def fingerprint(graph: fx.GraphModule) -> str:

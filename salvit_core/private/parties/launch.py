@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ...models.graph import TRACING, trace
+from ...models.graph import TRACING
 from ...models.operations import KINDS
 from .. import protocol_of
-from ..asked import Asked, image_problem, memory_problem, model_problem, query_size, weight_problem
+from ..asked import Asked, config_of, image_problem, memory_problem, model_problem, query_size, weight_problem
 from ..estimation import Costs, estimate
-from ..interpreter import DomainInterpreter, unsupported
+from ..interpreter import DomainInterpreter, network_of
 from ..links import Link
 from ..protocol import ROLES, Protocol
 from .forks import Born, Silent, bear, guard
@@ -143,7 +143,8 @@ def infer(
     connect. Those of "stock" meet over CrypTen's, in clear, which any user of the machine can reach.
 
     Args:
-        model: any module whose operations the protocol knows; it is used in evaluation mode and not changed.
+        model: any module whose operations the protocol knows, or that `models.foreign.adopt` makes one of; it is used
+            in evaluation mode and not changed.
         images: (B, C, height, width), float, normalised pixels.
         protocol: "stock", CrypTen's own functions, or "tuned", ours.
         provider: "TFP" or "TTP", who makes the correlated randomness.
@@ -176,14 +177,16 @@ def infer(
         raise ValueError(f"link is {link!r}: give a Link, such as LINKS['LAN'], or None")
     if audit and protocol != "tuned":
         raise ValueError(f"protocol {protocol!r} knows no audit: choose tuned")
-    if problem := model_problem(model) or image_problem(images, getattr(model, "config", None)):
+    if problem := model_problem(model) or image_problem(images, config_of(model)):
         raise ValueError(problem)
     if problem := weight_problem(model.state_dict()):
         raise ValueError(problem)
     images = images.detach().cpu()
     with TRACING:  # what is traced in another thread patches every module's call
         clear = _answered(model, images)
-    graph, images = trace(model).float(), images.float()
+    graph, images = network_of(model, images.shape, protocol_of(protocol)).float(), images.float()
+    if problem := weight_problem(graph.state_dict()):
+        raise ValueError(problem)
     with TRACING:
         violations = _violations(graph, images, protocol_of(protocol))
     size = query_size(len(images), batch)
@@ -334,9 +337,7 @@ def _answered(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def _violations(graph: torch.fx.GraphModule, images: torch.Tensor, table: Protocol) -> list[str]:
-    """What leaves its domain in the clear; refuses what cannot be run."""
-    if missing := unsupported(graph, table):
-        raise ValueError(f"no private protocol for {', '.join(missing)}: {table.name} has none")
+    """What leaves its domain in the clear."""
     clear = DomainInterpreter(graph, table)
     with torch.no_grad():
         clear.run(images)

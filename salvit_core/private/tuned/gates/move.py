@@ -89,3 +89,9 @@ def cat(parts: list[Share], dim: int = 0) -> Share:
     parts = [entered(part).settle() for part in parts]
     bits = max(part.bits for part in parts)
     return Share(torch.cat([part.to(bits).data for part in parts], dim), bits)
+
+
+def pad(x: Share, widths: tuple[int, ...]) -> Share:
+    """Zeros around, as torch.nn.functional.pad has them: each party's part of a zero is zero. Local."""
+    x = entered(x).settle()
+    return Share(torch.nn.functional.pad(x.data, widths), x.bits)
