@@ -1,4 +1,4 @@
-"""Networks that others wrote, as graphs of our operations: what they compute is read, not what their modules are called.
+"""Networks that others wrote, as graphs of our operations: read for what they compute, not for what it is called.
 
 torch.export gives a network as a list of tensor operations with every shape, the batch's size left open. Each of them
 becomes one or more of our operations here, by the rule of its name; whatever depends on weights and shapes alone is
@@ -177,10 +177,8 @@ def _exported(model: nn.Module, example: torch.Tensor) -> torch.export.ExportedP
             return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
     except Exception as error:  # torch's own, of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shape = tuple(example.shape)
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, nor for images of shape {shape} by torch.export: {reason}"
-        ) from error
+        tried = f"cannot be traced by torch.fx, nor by torch.export for images of shape {tuple(example.shape)}"
+        raise ValueError(f"{type(model).__name__} {tried}: {reason}") from error
 
 
 @contextmanager
@@ -895,7 +893,7 @@ def _batch_norm(
     shift = -mean.value * scale
     shift = shift if bias is None else shift + bias.value
     source = adoption.node.args[0]
-    before = adoption.root.get_submodule(x.target) if x.op == "call_module" else None
+    before: Any = adoption.root.get_submodule(x.target) if x.op == "call_module" else None
     calls = sum(node.op == "call_module" and node.target == x.target for node in adoption.graph.nodes)
     flat = isinstance(before, nn.Linear) and len(adoption.shape) == 2
     if (isinstance(before, nn.Conv2d) or flat) and calls == 1 and len(source.users) == 1:
@@ -1216,7 +1214,7 @@ def _near(node: fx.Node, back: bool = False) -> set[fx.Node]:
 
 
 def _layer(path: str) -> str:
-    """Where in the network a module is: as far as the first part of its path that has a number, and numbers after it."""
+    """Where in the network a module is: its path up to the first part that ends in a number, and numbers after it."""
     names = path.split(".")
     first = next((i for i, name in enumerate(names) if name[-1:].isdigit()), 0)
     last = first + 1

@@ -99,6 +99,8 @@ class Divide(Operation):
         eps: zero where the denominator has been kept from zero before.
     """
 
+    eps = EPS
+
     def __init__(self, scale: float = 1.0, eps: float = EPS):
         super().__init__()
         self.scale, self.eps = scale, eps

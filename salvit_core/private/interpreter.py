@@ -25,9 +25,16 @@ def unsupported(graph: fx.GraphModule, protocol: Protocol) -> list[str]:
                 missing.append(f"{kind.__name__} ({node.target})")
             elif kind in OPTIONS and not OPTIONS[kind](module):
                 missing.append(f"{module} ({node.target})")
+        elif node.target is torch.nn.functional.pad and set(_of_pad(*node.args, **node.kwargs)) - {"constant", None, 0}:
+            missing.append(f"pad but with zeros ({node.meta['layer']})")
         elif node.op in ("call_function", "call_method") and node.target not in protocol.functions:
             missing.append(f"{getattr(node.target, '__name__', node.target)} ({node.meta['layer']})")
     return missing
+
+
+def _of_pad(x: fx.Node, pad: Any, mode: str = "constant", value: float | None = None) -> tuple:
+    """How torch.nn.functional.pad is asked to fill."""
+    return mode, value
 
 
 def network_of(model: nn.Module, shape: Sequence[int], protocol: Protocol) -> fx.GraphModule:

@@ -368,7 +368,7 @@ FUNCTIONS: dict[object, Callable] = {
     operator.getitem: operator.getitem,
     torch.add: operator.add,
     torch.cat: crypten.cat,
-    torch.nn.functional.pad: lambda x, widths: _on_share(x, torch.nn.functional.pad, widths),
+    torch.nn.functional.pad: lambda x, widths, **_: _on_share(x, torch.nn.functional.pad, widths),
 }
 
 

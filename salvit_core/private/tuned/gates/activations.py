@@ -55,7 +55,7 @@ def clip_domain(module: nn.Hardtanh, x: torch.Tensor) -> list[Span]:
 
 
 def leaky_relu(module: nn.LeakyReLU, secret: dict, x: Share) -> Share:
-    """x, or a slope times x where that is negative, the slope to 2^-14 and x to 2^-9 of zero. Five rounds, or four.
+    """x, or a slope times x where that is negative, the slope to 2^-19 and x to 2^-9 of zero. Five rounds, or four.
 
     Functionality:
         Inputs: x shared.
@@ -64,14 +64,14 @@ def leaky_relu(module: nn.LeakyReLU, secret: dict, x: Share) -> Share:
         Simulator: uniform words and bits.
         Failure: 2^-37 a number of x; of the result 0.
     """
-    y = lines(x, (0.0,), ((0.0, module.negative_slope), (0.0, 1.0)), 14)
+    y = lines(x, (0.0,), ((0.0, module.negative_slope), (0.0, 1.0)), 18)
     return truncate(y, session.bits)
 
 
 def hardswish(module: nn.Hardswish, secret: dict, x: Share) -> Share:
-    """The product x min(max(x + 3, 0), 6) / 6 for |x| below 56, within 2^-9: a parabola between two knots. Five rounds, or four.
+    """The product x min(max(x + 3, 0), 6) / 6 for |x| below 56, within 2^-9: a parabola between two knots.
 
-    n words and 14 n bits, and those of `truncate`.
+    Five rounds, four for few numbers; n words and 14 n bits, and those of `truncate`.
 
     Functionality:
         Inputs: x shared.
@@ -170,7 +170,7 @@ def silu(module: nn.SiLU, secret: dict, x: Share) -> Share:
 
 
 def tanh(module: nn.Tanh, secret: dict, x: Share) -> Share:
-    """tanh(x), within 1.5e-3 for |x| below 48. Costs as `quartics`.
+    """The hyperbolic tangent, within 1.5e-3 for |x| below 48. Costs as `quartics`.
 
     Functionality:
         Inputs: x shared.

@@ -82,7 +82,7 @@ def conv2d(module: nn.Conv2d, secret: dict, x: Share) -> Share:
     dilation, groups = module.dilation, module.groups
     reach = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
     side = [(x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
-    operation = ("conv", kernel, stride, padding)
+    operation: tuple = ("conv", kernel, stride, padding)
     operation += (dilation,) if dilation != (1, 1) else ()
     if groups > 1:
         operation = ("grouped", kernel, stride, padding, dilation, groups)
