@@ -21,6 +21,7 @@ REACH = 56.0  # of |x|: its difference to a knot at 8, too, stays in a window of
 SMOOTH = 48.0  # of |x| where the last knot is at 10
 LINES = 9  # bits below one that a comparison sees
 FINE = 11  # fractional bits of x where a quartic is evaluated
+LARGE = 10  # where it becomes as large as x
 
 
 def lines(x: Share, knots: tuple[float, ...], pieces: tuple[tuple[float, float], ...], extra: int) -> Share:
@@ -117,7 +118,7 @@ def quartics(x: Share, name: str) -> Share:
 
     n words and 35 n bits, and those of `truncate`.
     """
-    bits = min(session.bits - 1, FINE)
+    bits = min(session.bits - 1, LARGE if name == "silu" else FINE)
     x = x.settle().to(bits)
     return truncate(piecewise(x, _quartics(name, bits), max(0, bits - LINES)), session.bits)
 
@@ -137,7 +138,7 @@ _SMOOTH = {
 @functools.cache
 def _quartics(name: str, bits: int) -> Polynomials:
     function, (inner, outer), ends = _SMOOTH[name]
-    extra = min(16, 56 - 4 * bits)  # values up to 2^6 stay within what `truncate` takes
+    extra = 16  # of values up to one at 11 bits, or 48 at 10, within what `truncate` takes
     edges = [-outer, -inner, 0.0, inner, outer]
     first, last = ((0.0, [*end, 0.0, 0.0, 0.0]) for end in ends)
     return Polynomials(edges, [first, *fitted(function, edges, 4, extra), last], bits, extra)
@@ -157,7 +158,7 @@ def sigmoid(module: nn.Sigmoid, secret: dict, x: Share) -> Share:
 
 
 def silu(module: nn.SiLU, secret: dict, x: Share) -> Share:
-    """The product of x and 1 / (1 + exp(-x)), within 2e-3 for |x| below 48. Costs as `quartics`.
+    """The product of x and 1 / (1 + exp(-x)), x at 10 bits, within 2e-3 for |x| below 48. Costs as `quartics`.
 
     Functionality:
         Inputs: x shared.
