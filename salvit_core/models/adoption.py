@@ -188,8 +188,9 @@ class Adoption:
         if written and isinstance(node.args[0], fx.Node):
             env[node.args[0]] = result
             if _seen_elsewhere(node):
+                where = place or "the network itself"
                 hint = f"{name} could stand in for it"
-                self.refused.append(f"no private protocol for {name}_ of a view ({place}): {hint}")
+                self.refused.append(f"no private protocol for {name}_ of a view ({where}): {hint}")
         return result
 
     def _ruled(self, name: str, args: tuple, options: dict) -> Any:

@@ -43,6 +43,8 @@ class TransformerConfig(Checked):
     l2q_learn_d: bool = True
     l2q_initial_c: Initial = 1.0
     l2q_initial_d: Initial = 1.0
+    qkv_bias: bool = False  # of what makes queries, keys and values
+    norm_eps: Annotated[float, Range(0.0, 1.0)] = 1e-5  # of LayerNorm
     attention_dropout: Share = 0.1
     stochastic_depth: Share = 0.1
 
@@ -80,6 +82,8 @@ class TransformerConfig(Checked):
             fields |= {field.name for field in dataclasses.fields(self) if field.name.startswith("l2q_")}
         if not any(name in SIZED or isinstance(name, tuple) for name in self.attention):
             fields |= {"memory"}
+        if set(self.attention) == {"hamburger"}:
+            fields |= {"qkv_bias"}
         return fields
 
 
@@ -126,6 +130,10 @@ class ViTConfig(TransformerConfig):
         return (self.image // self.patch) ** 2 + 1
 
 
+DEIT: dict[str, Any] = dict(
+    **dict(image=224, patch=16, classes=1000, layers=12, mlp_ratio=4.0),
+    **dict(qkv_bias=True, norm_eps=1e-6, attention_dropout=0.0),
+)
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
@@ -144,6 +152,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The geometries of two other systems: MPCViT's on CIFAR, PriViT's ViT-Tiny (peers: without biases of Q, K and V).
     "vit_7_4_32": dict(patch=4, layers=7, width=256, heads=4),
     "vit_tiny_224": dict(image=224, patch=16, classes=200, layers=12, width=192, heads=3, mlp_ratio=4.0),
+    # DeiT (Touvron et al., 2021, Table 1), without distillation, exactly: `vit.load_deit` reads its weights.
+    "deit_tiny": dict(DEIT, width=192, heads=3),
+    "deit_small": dict(DEIT, width=384, heads=6),
+    "deit_base": dict(DEIT, width=768, heads=12),
 }
 
 

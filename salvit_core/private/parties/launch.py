@@ -301,7 +301,8 @@ def _drift(graph: torch.fx.GraphModule, images: torch.Tensor, protocol: str, fol
         for (ours, bits), (theirs, _) in zip(*(share[node.name] for share in shares), strict=True):
             value = value * ((ours + theirs).double() / 2.0**bits)
         exact = clear.kept[node.name]
-        error = (value[: len(exact)] - exact).abs().max().item()
+        whole = tuple(slice(size) for size in exact.shape)  # without the images that filled the query up
+        error = (value[whole] - exact).abs().max().item()
         place = {"node": str(node.target), "layer": node.meta["layer"], "kind": node.meta["kind"]}
         rows.append({**place, "error": error, "scale": exact.abs().max().item()})
     return pd.DataFrame(rows)
@@ -330,7 +331,10 @@ def _answered(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     first = next(itertools.chain(twin.parameters(), twin.buffers()), images)
     try:
         with torch.no_grad():
-            return twin(images.to(first.device, first.dtype)).float().cpu()
+            answer = twin(images.to(first.device, first.dtype))
+        if not isinstance(answer, torch.Tensor):
+            raise ValueError(f"{type(model).__name__} does not return one tensor: let it return the logits alone")
+        return answer.float().cpu()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"images of shape {tuple(images.shape)} do not fit the network: {reason}") from error
