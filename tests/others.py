@@ -56,8 +56,8 @@ def made(name):
 def lively(network, side):
     """Weights as trained ones have them: no head or scale of nearly zero, fitting BatchNorm statistics, wide logits."""
     for part in network.modules():
-        if isinstance(part, nn.Linear):
-            part.weight.data.normal_(0, part.in_features**-0.5)
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.weight.data.normal_(0, part.weight[0].numel() ** -0.5)
         if isinstance(part, nn.MultiheadAttention):
             part.in_proj_weight.data.normal_(0, part.embed_dim**-0.5)
         if isinstance(part, nn.BatchNorm2d):

@@ -551,7 +551,10 @@ def _mean(adoption: Adoption, x: fx.Node, dims: Any = None, keepdim: bool = Fals
     made = _summed(adoption, x, dims, keepdim)
     shape = adoption.shape_of(0)
     count = math.prod(shape[dim] for dim in adoption.root.get_submodule(made.target).dims)
-    return adoption.function(operator.mul, made, 1 / count)
+    # First by a power of two, which is free on shares and leaves numbers as small as what was summed.
+    power = (count - 1).bit_length()
+    made = adoption.function(operator.mul, made, 2.0**-power)
+    return made if count == 1 << power else adoption.function(operator.mul, made, (1 << power) / count)
 
 
 @_rule("adaptive_avg_pool2d")

@@ -61,8 +61,8 @@ def check_teacher(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -
     if not (hasattr(teacher, "features") and hasattr(model, "features")):
         if recipe.distill_features:
             raise ValueError(
-                f"distill_features is {recipe.distill_features}: what the head of a network that others wrote reads has "
-                "no name: use distill_logits"
+                f"distill_features is {recipe.distill_features}: what the head of a network that others wrote reads "
+                "has no name: use distill_logits"
             )
         return
     for name, weight, size in (

@@ -4,19 +4,25 @@ A network and its parties take seconds to a minute: two run always, the others w
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from others import NETWORKS, made
+from test_functionality import failure, failures
+from test_private_efficient import privately
+from test_private_tuned import looks_random
 from torch import nn
 
 from salvit_core import adopt, cost, private, training
 from salvit_core import datasets as data
 from salvit_core.cli import main
+from salvit_core.models.activations import TanhGELU
 from salvit_core.models.operations import Repeat
 from salvit_core.private import LINKS
 from salvit_core.private.estimation import estimate
 from salvit_core.private.parties import launch
+from salvit_core.private.tuned import protocol as tuned
 
 QUICK = ("mobilenet_v3_small", "efficientvit_b0")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
@@ -44,7 +50,7 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        self.head = nn.Linear(8, 5)
+        self.head = nn.Linear(8, 10)
 
     def forward(self, images):
         x = self.stem(images)
@@ -141,3 +147,73 @@ def test_the_command_line_estimates_a_network_of_torchvision(capsys):
     }.items():
         with pytest.raises(SystemExit, match=message.replace("(", r"\(").replace(")", r"\)")):
             main(["estimate", *words])
+
+
+# Gates, with two threads as parties
+
+
+def varied():
+    """Every operation that only networks of others have, on values as wide as theirs."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU()),
+        *(nn.Conv2d(8, 8, 1, groups=2), nn.LeakyReLU(0.1), nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Tanh()),
+        *(nn.Conv2d(8, 8, 1), nn.ReLU6(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 1), nn.GELU("tanh")),
+        *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 8, 1), nn.Hardsigmoid(), nn.Conv2d(8, 8, 1)),
+        *(nn.Hardtanh(-2.0, 1.0), nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data.normal_(0, (2 / part.weight[0].numel()) ** 0.5)
+    graph = adopt(network, torch.randn(2, 3, 32, 32))
+    graph.config = SimpleNamespace(channels=3, image=32)
+    return graph
+
+
+def test_failures_of_the_new_gates_are_no_likelier_than_stated():
+    found = failures(varied())
+    kinds = {"Hardtanh", "LeakyReLU", "Hardswish", "Hardsigmoid", "SiLU", "Sigmoid", "Tanh", "TanhGELU", "Resample"}
+    assert kinds <= set(found)
+    beyond = {kind for kind, (count, expected) in found.items() if expected > count * failure(kind)}
+    assert not beyond
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.ReLU6(), nn.LeakyReLU(), nn.Hardswish(), nn.Hardsigmoid(), nn.SiLU(), nn.Sigmoid(), nn.Tanh()),
+        *(TanhGELU(), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 3, groups=8)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_messages_look_random(module):
+    _, _, parties = privately(module, torch.ones(1, 64, 12, 12))
+    for party in parties[:1] if isinstance(module, nn.Conv2d) else parties:
+        assert looks_random(party.audit)
+
+
+@pytest.mark.parametrize(
+    "module, inside, outside",
+    [
+        (nn.ReLU6(), 60.0, 70.0),
+        (nn.Hardtanh(-2.0, 3.0), -60.0, -64.0),
+        (nn.LeakyReLU(), -55.0, -60.0),
+        (nn.Hardswish(), 55.0, 60.0),
+        (nn.Hardsigmoid(), -55.0, -60.0),
+        (nn.SiLU(), -47.0, -50.0),
+        (nn.Sigmoid(), 47.0, 50.0),
+        (nn.Tanh(), 47.0, 50.0),
+        (TanhGELU(), 27.0, 29.0),
+    ],
+    ids=lambda what: type(what).__name__ if isinstance(what, nn.Module) else str(what),
+)
+def test_every_range_is_watched(module, inside, outside):
+    watch = tuned.DOMAINS[type(module)]
+    assert not watch(module, torch.tensor([inside]))[0].outside
+    assert watch(module, torch.tensor([outside]))[0].outside
+    for value, bits in ((inside, 13), (inside, 10)):
+        shared, clear, parties = privately(module, torch.full((4,), value), bits=bits, check=True)
+        assert not any(party.violations for party in parties)
+        assert (shared - clear).abs().max() <= 2.0 ** (3 - bits) + 2e-3
+    _, _, parties = privately(module, torch.full((4,), 2 * outside), check=True)
+    assert all(party.violations for party in parties)

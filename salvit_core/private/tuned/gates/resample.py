@@ -19,7 +19,7 @@ def resample(module: Resample, secret: dict, x: Share) -> Share:
         Output: The product, shared, at `session.bits`.
         Opened: Nothing; what waits for x, as by `times_rows`.
         Simulator: uniform words.
-        Failure: 2^-32 a number, of x and of both products.
+        Failure: 2^-34 a number, of x and of both products.
     """
     x = x.settle().to(session.bits)
     rows, columns = module.matrices()
