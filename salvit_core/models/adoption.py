@@ -228,11 +228,11 @@ class Adoption:
         Raises:
             Unknown: more than one is open.
         """
-        return _closed(self.node.meta["val"].shape)
+        return closed(self.node.meta["val"].shape)
 
     def shape_of(self, which: int) -> tuple[int, ...]:
         """Of an argument of the node, its open dimension -1."""
-        return _closed(self.node.args[which].meta["val"].shape)
+        return closed(self.node.args[which].meta["val"].shape)
 
     def module(self, name: str, module: nn.Module, *inputs: Any, weights: Sequence[Fixed | None] = ()) -> fx.Node:
         """A call of a module, at the place where the network has it.
@@ -409,7 +409,12 @@ def _open_shape(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and any(is_open(size) for size in value.shape)
 
 
-def _closed(shape: Sequence) -> tuple[int, ...]:
+def closed(shape: Sequence) -> tuple[int, ...]:
+    """Sizes with -1 for that of any batch.
+
+    Raises:
+        Unknown: more than one is open.
+    """
     made = tuple(-1 if is_open(size) else int(size) for size in shape)
     if made.count(-1) > 1:
         raise Unknown("a shape with two open dimensions")

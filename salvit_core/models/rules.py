@@ -209,8 +209,10 @@ def _padded(
     made = adoption.function(F.pad, x, tuple(pads))
     if not value:
         return made
+    made_of = adoption.node.meta["val"]
     inside = tuple(max(size, 1) for size in adoption.shape_of(0)[-(len(pads) // 2) :])
-    return adoption.plus(made, Fixed(F.pad(torch.zeros(inside), tuple(pads), value=value)), adoption.shape)
+    zeros = torch.zeros(inside, dtype=made_of.dtype, device=made_of.device)
+    return adoption.plus(made, Fixed(F.pad(zeros, tuple(pads), value=value)), adoption.shape)
 
 
 @_rule("index", "index_select")
@@ -322,6 +324,40 @@ def _product(adoption: Adoption, x: Any, y: Any) -> fx.Node:
         made = _linear(adoption, adoption.moved(y, "transpose", -2, -1), Fixed(weight.value, weight.learnt))
         return adoption.moved(made, "transpose", -2, -1)
     return _linear(adoption, x, Fixed(weight.value.t(), weight.learnt))
+
+
+@_rule("einsum")
+def _summation(adoption: Adoption, equation: str, parts: Sequence[Any], **_: Any) -> fx.Node:
+    """A product of two activations over named dimensions, as one of matrices."""
+    sides, _, out = equation.replace(" ", "").partition("->")
+    names = sides.split(",")
+    plain = all(len(set(side)) == len(side) and side.isalpha() for side in (*names, out))
+    if len(parts) != 2 or not out or not plain or not all(isinstance(part, fx.Node) for part in parts):
+        raise Unknown("einsum but of two activations, each dimension named once")
+    first, second = names
+    batch = [name for name in out if name in first and name in second]
+    inner = [name for name in first if name in second and name not in out]
+    rows, columns = [name for name in out if name not in second], [name for name in out if name not in first]
+    if set(first) != {*batch, *inner, *rows} or set(second) != {*batch, *inner, *columns}:
+        raise Unknown("einsum that sums a dimension of one activation alone")
+    shapes = [part.shape for part in (one.meta["val"] for one in adoption.node.args[1])]
+    sizes = {
+        name: -1 if is_open(size) else int(size) for s, shape in zip(names, shapes) for name, size in zip(s, shape)
+    }
+
+    def whole(letters: list[str]) -> int:
+        product = math.prod(sizes[name] for name in letters)
+        return product if product > 0 else -1
+
+    def matrix(part: fx.Node, side: str, left: list[str], right: list[str]) -> fx.Node:
+        turned = adoption.moved(part, "permute", tuple(side.index(name) for name in (*batch, *left, *right)))
+        return adoption.moved(turned, "reshape", (*(sizes[name] for name in batch), whole(left), whole(right)))
+
+    left, right = matrix(parts[0], first, rows, inner), matrix(parts[1], second, inner, columns)
+    made = adoption.module("product", MatMul(), left, right)
+    order = [*batch, *rows, *columns]
+    made = adoption.moved(made, "reshape", tuple(sizes[name] for name in order))
+    return adoption.moved(made, "permute", tuple(order.index(name) for name in out))
 
 
 @_rule("addmm")
@@ -483,7 +519,8 @@ def _attention(
         mask = Fixed(torch.ones(shape[-2:], dtype=torch.bool).tril())
     if mask is not None:
         if mask.value.dtype == torch.bool:
-            mask = Fixed(torch.zeros(mask.value.shape).masked_fill(~mask.value, MASKED))
+            zeros = torch.zeros(mask.value.shape, dtype=adoption.node.meta["val"].dtype, device=mask.value.device)
+            mask = Fixed(zeros.masked_fill(~mask.value, MASKED))
         scores = adoption.plus(scores, mask, shape)
     return adoption.module("values", MatMul(), _normalised(adoption, scores, -1, shape), value)
 

@@ -13,6 +13,7 @@ class Sizes:
     heads: int
     tokens: int
     normalizer: str = "softmax"
+    qkv_bias: bool = False
     attention_dropout: float = 0.1
     memory: int = 64
     l2q_granularity: str = "element"

@@ -108,6 +108,9 @@ NETS = {
     "causal attention": lambda: Does(lambda n, x: F.scaled_dot_product_attention(*[tokens(x)] * 3, is_causal=True)),
     "masked attention": lambda: Does(masked),
     "linear attention": lambda: Does(linear_attention, qkv=nn.Linear(4, 12)),
+    "products by name": lambda: Does(
+        lambda n, x: torch.einsum("bchw,bcvw->bvhc", x, torch.einsum("bchw, bkhw -> bckh", x, x.relu()))
+    ),
     "a table of biases": lambda: Does(biased, table=parameter(torch.zeros(7))),
     "windows": lambda: Does(windowed, linear=nn.Linear(4, 4)),
     "a class token": lambda: Does(class_token, token=param(1, 1, 4), position=param(1, 65, 4)),
@@ -141,7 +144,7 @@ NETS = {
     "upsampling to the nearest": lambda: nn.Upsample(size=(11, 13)),
     "activations": lambda: nn.Sequential(
         *(nn.LeakyReLU(0.5), nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Conv2d(4, 4, 1)),
-        *(nn.Hardtanh(-0.5, 0.7), nn.Tanh(), nn.Hardsigmoid(), nn.ReLU6(), nn.Sigmoid()),
+        *(nn.Hardtanh(-0.5, 0.7), nn.Tanh(), nn.Sigmoid(), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardsigmoid()),
     ),
     "clamps": lambda: Does(lambda n, x: x.clamp(-1, 2).clamp(min=0)),
     "cat, split and stack": lambda: Does(
@@ -180,6 +183,7 @@ def param(*shape):
 @pytest.mark.parametrize("name", NETS)
 def test_an_adopted_network_computes_what_the_network_does(name):
     """In float64, for another number of images than it was read with."""
+    torch.manual_seed(0)
     network = settled(NETS[name]())
     before = {key: value.clone() for key, value in network.state_dict().items()}
     graph = adopt(network, pictures(2))
@@ -221,6 +225,14 @@ def test_every_node_knows_its_place_and_a_copy_keeps_it():
         (Does(lambda n, x: x.abs().sqrt()), "sqrt (1): layer_norm, which divides by a root could stand in for it"),
         (Does(lambda n, x: x - x.mean(0)), "sum over the batch (1): "),
         (Does(lambda n, x: x[:2]), "slice of the batch (1): "),
+        (
+            Does(lambda n, x: torch.einsum("bchw->bc", x)),
+            "einsum but of two activations, each dimension named once (1): ",
+        ),
+        (
+            Does(lambda n, x: torch.einsum("bchw,bcv->bhv", x, x[..., 0])),
+            "einsum that sums a dimension of one activation",
+        ),
         (Does(lambda n, x: x**3), "pow but for the square (1): "),
     ],
 )
