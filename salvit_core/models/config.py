@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ..fields import Among, Checked, Range, Share, Size, shown, whole
 from .activations import ACTIVATIONS
@@ -38,13 +38,13 @@ class TransformerConfig(Checked):
     normalizer: Annotated[str, Among(*NORMALIZERS)] = "softmax"
     activation: Annotated[str, Among(*ACTIVATIONS)] = "gelu"  # of the MLP
     memory: Size = 64  # S, slots of external attention; what stands for the N tokens in the other mechanisms of `SIZED`
+    qkv_bias: ClassVar[bool] = False  # of what makes queries, keys and values
+    norm_eps: ClassVar[float] = 1e-5  # of LayerNorm
     l2q_granularity: Annotated[str, Among(*GRANULARITIES)] = "element"
     l2q_learn_c: bool = True
     l2q_learn_d: bool = True
     l2q_initial_c: Initial = 1.0
     l2q_initial_d: Initial = 1.0
-    qkv_bias: bool = False  # of what makes queries, keys and values
-    norm_eps: Annotated[float, Range(0.0, 1.0)] = 1e-5  # of LayerNorm
     attention_dropout: Share = 0.1
     stochastic_depth: Share = 0.1
 
@@ -82,8 +82,6 @@ class TransformerConfig(Checked):
             fields |= {field.name for field in dataclasses.fields(self) if field.name.startswith("l2q_")}
         if not any(name in SIZED or isinstance(name, tuple) for name in self.attention):
             fields |= {"memory"}
-        if set(self.attention) == {"hamburger"}:
-            fields |= {"qkv_bias"}
         return fields
 
 
@@ -130,6 +128,24 @@ class ViTConfig(TransformerConfig):
         return (self.image // self.patch) ** 2 + 1
 
 
+@dataclass(frozen=True)
+class DeiTConfig(ViTConfig):
+    """A ViT with what DeiT has besides (Touvron et al., 2021) and timm: biases of Q, K and V, LayerNorm's eps.
+
+    A class of its own: records hold every field of a network's configuration, and those of plain ViTs stay as they are.
+
+    Raises:
+        ValueError: as `ViTConfig`.
+    """
+
+    qkv_bias: bool = False  # type: ignore[misc]  # of a class here an option
+    norm_eps: Annotated[float, Range(0.0, 1.0)] = 1e-5  # type: ignore[misc]
+
+    def ignored(self) -> set[str]:
+        """As `TransformerConfig`, and the biases where nothing makes queries, keys or values."""
+        return super().ignored() | ({"qkv_bias"} if set(self.attention) == {"hamburger"} else set())
+
+
 DEIT: dict[str, Any] = dict(
     **dict(image=224, patch=16, classes=1000, layers=12, mlp_ratio=4.0),
     **dict(qkv_bias=True, norm_eps=1e-6, attention_dropout=0.0),
@@ -162,10 +178,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 def config_of(fields: dict) -> TransformerConfig:
     """A configuration from its fields, such as JSON of one holds: of a ViT if `patch` is among them, else of a CCT.
 
+    Of a `DeiTConfig` if one of its own is among them.
+
     Raises:
         ValueError: unknown field or value.
     """
-    made = ViTConfig if "patch" in fields else CCTConfig
+    made: type[TransformerConfig] = ViTConfig if "patch" in fields else CCTConfig
+    if made is ViTConfig and {"qkv_bias", "norm_eps"} & set(fields):
+        made = DeiTConfig
     known = {field.name for field in dataclasses.fields(made)}
     if unknown := set(fields) - known:
         names = f"{', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"

@@ -96,14 +96,16 @@ class Divide(Operation):
     Args:
         scale: public estimate of the denominator's size, for protocols that need to know; the result does not
             depend on it.
-        eps: zero where the denominator has been kept from zero before.
+        eps: another, such as zero where the denominator has been kept from zero before.
     """
 
     eps = EPS
 
-    def __init__(self, scale: float = 1.0, eps: float = EPS):
+    def __init__(self, scale: float = 1.0, eps: float | None = None):
         super().__init__()
-        self.scale, self.eps = scale, eps
+        self.scale = scale
+        if eps is not None:
+            self.eps = eps
 
     def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
         """Numerators and denominators >= 0 that broadcast -> their quotients."""

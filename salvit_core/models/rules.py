@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import ACTIVATIONS, TanhGELU
-from .adoption import MASKED, Adoption, Fixed, Unknown, is_open, name_of
+from .adoption import MASKED, Adoption, Fixed, Unknown, closed, is_open, name_of
 from .normalizers import NORMALIZERS
 from .operations import Divide, MatMul, Multiply, Resample, Sum, Take
 
@@ -290,6 +290,17 @@ def _multiplied(adoption: Adoption, x: Any, y: Any) -> fx.Node:
     return adoption.function(operator.mul, secret, float(other))
 
 
+@_rule("addcmul")
+def _affinely(adoption: Adoption, x: Any, first: Any, second: Any, *, value: float = 1) -> fx.Node:
+    if isinstance(first, fx.Node) and isinstance(second, fx.Node):
+        made = adoption.module("product", Multiply(), first, second)
+    else:
+        secret, fixed = (first, second) if isinstance(first, fx.Node) else (second, first)
+        made = adoption.gain(_secret(secret, "addcmul"), fixed, adoption.shape)
+    made = made if value == 1 else adoption.function(operator.mul, made, float(value))
+    return adoption.plus(made, x, adoption.shape) if isinstance(x, Fixed) else adoption.function(operator.add, x, made)
+
+
 @_rule("square")
 def _squared(adoption: Adoption, x: fx.Node) -> fx.Node:
     return adoption.module("square", Multiply(), x, x)
@@ -327,10 +338,10 @@ def _product(adoption: Adoption, x: Any, y: Any) -> fx.Node:
 
 
 @_rule("einsum")
-def _summation(adoption: Adoption, equation: str, parts: Sequence[Any], **_: Any) -> fx.Node:
+def _summation(adoption: Adoption, equation: str, parts: Sequence[Any], **__: Any) -> fx.Node:
     """A product of two activations over named dimensions, as one of matrices."""
-    sides, _, out = equation.replace(" ", "").partition("->")
-    names = sides.split(",")
+    given, _, out = equation.replace(" ", "").partition("->")
+    names = given.split(",")
     plain = all(len(set(side)) == len(side) and side.isalpha() for side in (*names, out))
     if len(parts) != 2 or not out or not plain or not all(isinstance(part, fx.Node) for part in parts):
         raise Unknown("einsum but of two activations, each dimension named once")
@@ -340,17 +351,16 @@ def _summation(adoption: Adoption, equation: str, parts: Sequence[Any], **_: Any
     rows, columns = [name for name in out if name not in second], [name for name in out if name not in first]
     if set(first) != {*batch, *inner, *rows} or set(second) != {*batch, *inner, *columns}:
         raise Unknown("einsum that sums a dimension of one activation alone")
-    shapes = [part.shape for part in (one.meta["val"] for one in adoption.node.args[1])]
-    sizes = {
-        name: -1 if is_open(size) else int(size) for s, shape in zip(names, shapes) for name, size in zip(s, shape)
-    }
+    sizes: dict[str, int] = {}
+    for letters, part in zip(names, adoption.node.args[1]):
+        sizes |= dict(zip(letters, closed(part.meta["val"].shape)))
 
     def whole(letters: list[str]) -> int:
         product = math.prod(sizes[name] for name in letters)
         return product if product > 0 else -1
 
-    def matrix(part: fx.Node, side: str, left: list[str], right: list[str]) -> fx.Node:
-        turned = adoption.moved(part, "permute", tuple(side.index(name) for name in (*batch, *left, *right)))
+    def matrix(part: fx.Node, letters: str, left: list[str], right: list[str]) -> fx.Node:
+        turned = adoption.moved(part, "permute", tuple(letters.index(name) for name in (*batch, *left, *right)))
         return adoption.moved(turned, "reshape", (*(sizes[name] for name in batch), whole(left), whole(right)))
 
     left, right = matrix(parts[0], first, rows, inner), matrix(parts[1], second, inner, columns)

@@ -13,7 +13,6 @@ class Sizes:
     heads: int
     tokens: int
     normalizer: str = "softmax"
-    qkv_bias: bool = False
     attention_dropout: float = 0.1
     memory: int = 64
     l2q_granularity: str = "element"
@@ -21,6 +20,7 @@ class Sizes:
     l2q_learn_d: bool = True
     l2q_initial_c: float = 1.0
     l2q_initial_d: float = 1.0
+    qkv_bias: bool = False
 
 
 FIELDS = Sizes.__dataclass_fields__

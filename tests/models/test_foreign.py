@@ -111,6 +111,9 @@ NETS = {
     "products by name": lambda: Does(
         lambda n, x: torch.einsum("bchw,bcvw->bvhc", x, torch.einsum("bchw, bkhw -> bckh", x, x.relu()))
     ),
+    "affine": lambda: Does(
+        lambda n, x: torch.addcmul(n.b, n.a, x) + x.addcmul(x, x, value=0.5), a=param(8), b=param(8)
+    ),
     "a table of biases": lambda: Does(biased, table=parameter(torch.zeros(7))),
     "windows": lambda: Does(windowed, linear=nn.Linear(4, 4)),
     "a class token": lambda: Does(class_token, token=param(1, 1, 4), position=param(1, 65, 4)),

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from others import timm
 from torch import nn
 from torch.nn import functional as F
 
@@ -227,8 +228,7 @@ def test_deit_has_the_published_parameters(name):
 
 
 def test_deit_is_timm_s_with_its_weights():
-    timm = pytest.importorskip("timm")
-    theirs = timm.create_model("deit_tiny_patch16_224", depth=2).eval()
+    theirs = timm().create_model("deit_tiny_patch16_224", depth=2).eval()
     generator = torch.Generator().manual_seed(0)
     for weight in theirs.parameters():  # biases, scales and the class token too must show
         weight.data += torch.empty_like(weight).normal_(0, 0.05, generator=generator)
