@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from .activations import ACTIVATIONS
 from .adoption import Adoption
-from .graph import TRACING, trace
+from .graph import TRACING, placed, trace
 from .normalizers import NORMALIZERS, Normalizer
 from .operations import Divide, MatMul, Resample, Sum, known, of_kind
 from .rules import RULES
@@ -58,7 +58,7 @@ def adopt(
     adoption = Adoption(model, RULES, softmax, gelu)
     graph = adoption.graph_of(_exported(model, example))
     if adoption.refused:
-        raise ValueError("\n".join(dict.fromkeys(adoption.refused)))
+        raise ValueError(";\n".join(dict.fromkeys(adoption.refused)))
     _place(graph, graph.graph)
     _size_divisions(graph, example)
     return graph
@@ -77,7 +77,7 @@ def read(model: nn.Module, images: torch.Tensor, lacking: Callable[[fx.GraphModu
     """
     try:
         graph = trace(model)
-        if isinstance(model, fx.GraphModule) or not lacking(graph):
+        if placed(model) or not lacking(graph):
             return graph
     except ValueError:
         pass

@@ -243,7 +243,7 @@ def test_what_cannot_be_run_is_refused_by_name_and_place(module, path):
     network = nn.Sequential(nn.Conv2d(4, 4, 1), module, nn.Softsign()).eval()
     with pytest.raises(ValueError) as refused:
         adopt(network, torch.randn(2, 4, 8, 8))
-    lines = str(refused.value).split("\n")
+    lines = str(refused.value).split(";\n")
     assert any(line.startswith(f"no private protocol for {path}") for line in lines), lines
     assert any("abs (2)" in line for line in lines), "all of them at once"
 
@@ -351,3 +351,9 @@ def test_what_is_traced_is_not_read_again(monkeypatch):
     monkeypatch.setattr(foreign, "adopt", lambda *a, **k: pytest.fail("adopted"))
     network = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
     assert isinstance(foreign.read(network, torch.zeros(1, 1, 8, 8), foreign.unknown), fx.GraphModule)
+
+
+def test_a_graph_that_others_traced_is_a_network_like_any():
+    network = settled(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    graph = foreign.read(fx.symbolic_trace(network), pictures(), foreign.unknown)
+    assert foreign.unknown(graph) == [] and torch.allclose(graph(pictures()), network(pictures()))

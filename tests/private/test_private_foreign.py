@@ -107,7 +107,7 @@ def test_a_tensor_for_every_image_costs_nothing(small):
 def test_what_others_wrote_is_refused_before_any_process_starts(monkeypatch):
     monkeypatch.setattr(launch, "bear", lambda *a, **k: pytest.fail("a process was started"))
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.ELU()).eval()
-    with pytest.raises(ValueError, match=r"softplus \(2\): relu could stand in for it\n.*elu \(3\): relu or silu"):
+    with pytest.raises(ValueError, match=r"softplus \(2\): relu could stand in for it;\n.*elu \(3\): relu or silu"):
         private.infer(network, torch.randn(1, 1, 8, 8), "tuned")
 
 

@@ -119,7 +119,7 @@ class Sick(nn.Module):
         (dict(model=Cube()), r"^no private protocol for erf \(the network itself\): write it with other operations$"),
         (
             dict(model=nn.Sequential(nn.Softsign(), nn.Flatten(), nn.Softplus())),
-            r"for abs \(0\): .*\nno private protocol for softplus \(2\): relu could stand in for it$",
+            r"for abs \(0\): .*;\nno private protocol for softplus \(2\): relu could stand in for it$",
         ),
         (dict(model=Odd()), "Odd cannot be traced by torch.fx"),
         (
