@@ -51,7 +51,11 @@ STAND_INS = {
 }
 
 # Operations whose result is the same memory, and those of which only the shape of an activation counts.
-VIEWS = {"view", "reshape", "transpose", "permute", "select", "slice", "unsqueeze", "squeeze", "expand", "t", "unbind"}
+PARTED = {"unbind", "split", "chunk", "split_with_sizes", "tensor_split"}
+VIEWS = PARTED | {
+    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "select", "slice", "narrow", "getitem"),
+    *("unsqueeze", "squeeze", "expand", "contiguous", "detach", "alias", "to", "dropout"),
+}
 LIKE = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
 
 
@@ -164,7 +168,7 @@ class Adoption:
         args = fx.node.map_arg(node.args, lambda one: env[one])
         options = fx.node.map_arg(node.kwargs, lambda one: env[one])
         if node.target is operator.getitem:
-            return args[0][args[1]]
+            return args[0] if isinstance(args[0], fx.Node) else args[0][args[1]]  # a node: what was refused before
         name, place = name_of(node.target), self.path
         if name in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
             at = next(i for i, arg in enumerate(args) if isinstance(arg, nn.Module))
@@ -395,7 +399,7 @@ def _seen_elsewhere(node: fx.Node) -> bool:
         return True
     while written.op == "call_function" and name_of(written.target) in VIEWS:
         written = written.args[0]
-        if len(written.users) > 1:
+        if len(written.users) > 1 and name_of(written.target) not in PARTED:
             return True
     return False
 
