@@ -35,7 +35,7 @@ def test_a_network_of_others_is_right_on_shares(name):
     network, image = made(name)
     result = private.infer(network, image, "tuned")
     assert result.faithful, (result.error, result.margin, result.violations)
-    # Of logits of standard deviation 2. Rounding grows in deep networks of random weights, fourfold less with 15 bits.
+    # Of logits of standard deviation 2. Rounding grows in deep networks of random weights.
     assert result.margin > 0.3 and result.doubt < 0.1 and 0 < result.error < 0.15
     assert result.operations[COLUMNS].equals(estimate(network, image.shape).operations[COLUMNS])
 
