@@ -323,6 +323,7 @@ def test_weights_keep_their_names_and_what_is_shared_stays_shared():
     graph = adopt(network, torch.randn(2, 4, 8, 8))
     assert cost.parameters(graph) == cost.parameters(network) == 16 + 4 + 4
     assert dict(graph.named_parameters()).keys() == {"a.weight", "a.bias", "b.bias"}
+    assert [name for name, _ in graph.named_children()] == ["a", "b"]  # what is called twice is one module
     encoder = adopt(NETS["an encoder layer"](), torch.randn(2, 4, 8, 8))
     assert {"a.linear1.weight", "a.norm2.bias", "a.self_attn.out_proj.weight"} <= dict(
         encoder.named_parameters()

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from others import NETWORKS, made
 from test_functionality import failure, failures
 from test_private_efficient import privately
-from test_private_tuned import looks_random
+from test_private_tuned import arithmetic, looks_random, whole
 from torch import nn
 
 from salvit_core import adopt, cost, private, training
@@ -23,6 +25,7 @@ from salvit_core.private import LINKS
 from salvit_core.private.estimation import estimate
 from salvit_core.private.parties import launch
 from salvit_core.private.tuned import protocol as tuned
+from salvit_core.private.tuned.arithmetic import ring
 
 QUICK = ("mobilenet_v3_small", "efficientvit_b0")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
@@ -176,6 +179,31 @@ def test_failures_of_the_new_gates_are_no_likelier_than_stated():
     assert kinds <= set(found)
     beyond = {kind for kind, (count, expected) in found.items() if expected > count * failure(kind)}
     assert not beyond
+
+
+@arithmetic
+@given(
+    side=st.integers(1, 8), more=st.integers(0, 3), kernel=st.tuples(*[st.integers(1, 3)] * 2),
+    stride=st.tuples(*[st.integers(1, 3)] * 2), padding=st.tuples(*[st.integers(0, 2)] * 2),
+    dilation=st.tuples(*[st.integers(1, 3)] * 2), groups=st.integers(1, 4), channels=st.integers(1, 3),
+    outputs=st.integers(1, 3), bits=st.sampled_from([8, 64]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_convolution_in_groups_is_that_of_torch(
+    side, more, kernel, stride, padding, dilation, groups, channels, outputs, bits, seed
+):
+    """In the ring, exactly, for small weights and for those that take all 64 bits."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    assume(side + 2 * padding[0] >= reach[0] and side + more + 2 * padding[1] >= reach[1])
+    images = whole((2, groups * channels, side, side + more), -99, 99, seed)
+    weight = whole((groups * outputs, channels, *kernel), -99, 99, seed + 1)
+    operation = ("grouped", kernel, stride, padding, dilation, groups)
+    exact = nn.functional.conv2d(images.double(), weight.double(), None, stride, padding, dilation, groups)
+    exact = exact.flatten(2).transpose(1, 2).long()
+    assert torch.equal(ring.apply(operation, images, weight, bits), exact)
+    assert torch.equal(ring.apply(operation, images, ring.prepared(operation, weight, bits)), exact)
+    if groups == 1:
+        plain = ("conv", kernel, stride, padding, dilation)
+        assert torch.equal(ring.apply(plain, images, weight, bits), exact)
 
 
 @pytest.mark.parametrize(
