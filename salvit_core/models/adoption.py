@@ -190,9 +190,7 @@ class Adoption:
             self.refused.append(f"no private protocol for {said} ({place or 'the network itself'}): {hint}")
             result = self.graph.placeholder(f"missing_{len(self.refused)}")
         if written and isinstance(node.args[0], fx.Node):
-            env[node.args[0]] = (
-                result  # by its old name too, should torch.export read it by that
-            )
+            env[node.args[0]] = result  # by its old name too, should torch.export read it by that
             if _seen_elsewhere(node):
                 where = place or "the network itself"
                 hint = f"{name} could stand in for it"
