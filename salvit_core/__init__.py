@@ -5,6 +5,7 @@ import importlib
 from .models.cct import CCT
 from .models.config import PRESETS, CCTConfig, EfficientViTConfig, ViTConfig, config_of, preset
 from .models.efficientvit import EfficientViT
+from .models.foreign import adopt
 from .models.rows import MECHANISMS, METHODS
 from .models.vit import ViT, build
 
@@ -19,6 +20,7 @@ __all__ = [
     "EfficientViTConfig",
     "ViT",
     "ViTConfig",
+    "adopt",
     "build",
     "config_of",
     "cost",

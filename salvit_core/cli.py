@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from . import datasets, workspace
+from . import compat, datasets, workspace
 from .fields import Checked, Count
 from .models.config import config_of, preset
+from .models.foreign import adopt
 from .models.vit import build
 from .options import parsed
 from .training.checkpoint import load_weights
@@ -88,12 +89,20 @@ class Estimate(Checked):
     """A preset's name."""
     row: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "SAL-ViT B=3"
     """Row of the tables, such as "SA softmax" or "SAL-ViT B=3"."""
+    torchvision: str | None = None
+    """Instead of a preset: a network of torchvision, such as vit_b_16 or resnet18."""
+    image: int = 224
+    """Side of its images, pixels."""
+    softmax: str = "softmax"
+    """What stands in its softmax's place, such as 2quad."""
+    gelu: str = "gelu"
+    """What stands in its GELU's place, such as quad."""
     protocol: str = "tuned"
     """"tuned", this project's, or "stock", CrypTen's own functions."""
     provider: str = "TFP"
     """Who makes the correlated randomness, as in `salvit infer`; the rounds and bytes are the same with both."""
     link: str | None = None
-    """Name of a link, such as "WAN (Cheetah)". Default: loopback."""
+    """Name of a link, such as "WAN (Cheetah)"; LAN and WAN are Cheetah's. Default: loopback."""
     batch: Count = 1
     """Images in the query."""
     reveal: str = "logits"
@@ -189,35 +198,63 @@ def infer(command: Infer) -> None:
     _write(command.out, {"labels": result.labels.tolist(), "logits": logits, "operations": rows})
 
 
+def priced(command: Estimate) -> tuple[torch.nn.Module, torch.nn.Module | None, tuple[int, int, int]]:
+    """The network of a command, the same without what stands in where there is any, and its images' shape.
+
+    Raises:
+        ValueError: an unknown name, or stand-ins for a network that has them by its row.
+    """
+    swaps = {"softmax": command.softmax, "gelu": command.gelu}
+    swapped = swaps != {"softmax": "softmax", "gelu": "gelu"}
+    if command.torchvision is None:
+        if swapped:
+            raise ValueError("softmax and gelu stand in for those of --torchvision: a preset's are said by its --row")
+        config = preset(command.preset, command.row)
+        with torch.device("meta"):
+            return build(config), None, (config.channels, config.image, config.image)
+    models = compat.torchvision("models")
+    if command.torchvision not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no network {command.torchvision!r}: see torchvision.models.list_models()")
+    sized = {"image_size": command.image} if command.torchvision.startswith("vit_") else {}
+    model = models.get_model(command.torchvision, weights=None, **sized).eval()
+    shape = (3, command.image, command.image)
+    if not swapped:
+        return model, None, shape
+    return adopt(model, torch.zeros(2, *shape), **swaps), model, shape
+
+
 def estimate(command: Estimate) -> None:
     """`salvit estimate`: prints the table by kind of operation, and which of its numbers are exact."""
     private = importlib.import_module(".private", __package__)
-    if command.link is not None and command.link not in private.LINKS:
-        raise ValueError(f"link {command.link!r} is unknown: choose from {', '.join(private.LINKS)}")
-    link = None if command.link is None else private.LINKS[command.link]
-    config = preset(command.preset, command.row)
+    name = {"LAN": "LAN (Cheetah)", "WAN": "WAN (Cheetah)"}.get(command.link or "", command.link)
+    if name is not None and name not in private.LINKS:
+        raise ValueError(f"link {name!r} is unknown: choose from {', '.join(private.LINKS)}")
+    link = None if name is None else private.LINKS[name]
     speed = None
     if command.protocol == "tuned":
         with contextlib.suppress(ImportError):  # without the packages of the notebooks there are no records
             speed = importlib.import_module(".experiments.calibration", __package__).speed()
-    with torch.device("meta"):
-        model = build(config)
-    shape = (command.batch, config.channels, config.image, config.image)
-    found = private.estimate(model, shape, command.protocol, command.provider, link, reveal=command.reveal, speed=speed)
+    model, plain, image = priced(command)
+    asked = {"protocol": command.protocol, "provider": command.provider, "link": link, "reveal": command.reveal}
+    found = private.estimate(model, (command.batch, *image), **asked, speed=speed)
     names = [name for name in ("rounds", "bytes", "offline_bytes", "seconds") if name in found.operations]
     table = found.operations.groupby("kind", observed=True, sort=False)[names].sum()
     table.loc["total"] = table.sum()
     table = table.astype({name: int for name in names if name != "seconds"}).round(3)
     print(table.rename(columns={"offline_bytes": "dealer's bytes"}).to_string())
     print(f"rounds and bytes, one way: exact; {command.batch} images in a query, protocol {command.protocol}")
+    if plain is not None:
+        before = private.estimate(plain, (command.batch, *image), **asked)
+        rounds, sent = (1 - new / old for new, old in ((found.rounds, before.rounds), (found.bytes, before.bytes)))
+        print(f"{command.softmax} and {command.gelu} save {rounds:.0%} of the rounds and {sent:.0%} of the bytes")
     if speed is not None:
-        print(f"seconds on {command.link or 'loopback'}: modelled, from this machine's calibration")
+        print(f"seconds on {name or 'loopback'}: modelled, from this machine's calibration")
     else:
         why = "this machine is not calibrated: salvit calibrate" if command.protocol == "tuned" else "of tuned only"
         print(f"seconds: not modelled, {why}")
     if link is not None:
         added = link.seconds(found.rounds, found.operations["serial_bytes"].sum())
-        print(f"{command.link} adds {added:.3g} s to the time on loopback: modelled, from rounds and bytes")
+        print(f"{name} adds {added:.3g} s to the time on loopback: modelled, from rounds and bytes")
     _write(command.out, {"operations": found.operations.to_dict("records")})
 
 

@@ -7,13 +7,16 @@ import statistics
 import subprocess
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
-from salvit_core import MECHANISMS, METHODS, preset
+from salvit_core import MECHANISMS, METHODS, adopt, compat, preset
 from salvit_core.experiments import latency, profiles, store
 from salvit_core.experiments.runs import SearchRun, name_of, run_of
+from salvit_core.private import estimate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -211,6 +214,20 @@ def test_trained_networks_stay_well_within_the_ranges_of_tuned():
         assert min(row["margin"] for row in record["metrics"]["ranges"]) > 3
         if record["config"]["bits"] is None:
             assert record["metrics"]["agreement"] >= 99 and record["metrics"]["largest_error"] < 0.05
+
+
+def test_the_five_lines_for_a_network_of_one_s_own_run():
+    """All but the private inference itself, which tests/private/test_private_foreign.py has."""
+    (lines,) = re.findall(r"### Your own network.*?```python\n(.*?)```", README, re.S)
+    assert lines.count("\n") == 5
+    called = []
+    room = SimpleNamespace(infer=lambda *images, **options: called.append(options), estimate=estimate)
+    library = SimpleNamespace(models=compat.torchvision("models"))
+    names = {"torch": torch, "torchvision": library, "adopt": adopt, "private": room}
+    *statements, last = lines.strip().split("\n")
+    exec("\n".join(statements), names)
+    plain, cheap = eval(last, names)
+    assert cheap < 0.8 * plain and called == [{"protocol": "tuned"}]
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

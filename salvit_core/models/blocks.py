@@ -48,9 +48,9 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
         drop = config.stochastic_depth * layer / max(1, config.layers - 1)
-        self.norm1 = of_kind("LayerNorm", nn.LayerNorm(config.width))
+        self.norm1 = of_kind("LayerNorm", nn.LayerNorm(config.width, config.norm_eps))
         self.attention = attention
-        self.norm2 = of_kind("LayerNorm", nn.LayerNorm(config.width))
+        self.norm2 = of_kind("LayerNorm", nn.LayerNorm(config.width, config.norm_eps))
         self.mlp = nn.Sequential()
         self.mlp.expand = nn.Linear(config.width, hidden)
         self.mlp.activation = ACTIVATIONS[config.activation](hidden)

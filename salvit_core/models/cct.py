@@ -47,7 +47,7 @@ class CCT(nn.Module):
         self.tokenizer = Tokenizer(config)
         self.position = nn.Parameter(torch.empty(1, config.tokens, config.width))
         self.blocks = nn.Sequential(*(Block(config, layer, attention(config, layer)) for layer in range(config.layers)))
-        self.norm = of_kind("LayerNorm", nn.LayerNorm(config.width))
+        self.norm = of_kind("LayerNorm", nn.LayerNorm(config.width, config.norm_eps))
         self.pool = SequencePool(config.width)
         self.head = of_kind("head", nn.Linear(config.width, config.classes))
         initialize(self, position=0.2)

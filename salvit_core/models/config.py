@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ..fields import Among, Checked, Range, Share, Size, shown, whole
 from .activations import ACTIVATIONS
@@ -38,6 +38,8 @@ class TransformerConfig(Checked):
     normalizer: Annotated[str, Among(*NORMALIZERS)] = "softmax"
     activation: Annotated[str, Among(*ACTIVATIONS)] = "gelu"  # of the MLP
     memory: Size = 64  # S, slots of external attention; what stands for the N tokens in the other mechanisms of `SIZED`
+    qkv_bias: ClassVar[bool] = False  # of what makes queries, keys and values
+    norm_eps: ClassVar[float] = 1e-5  # of LayerNorm
     l2q_granularity: Annotated[str, Among(*GRANULARITIES)] = "element"
     l2q_learn_c: bool = True
     l2q_learn_d: bool = True
@@ -161,6 +163,28 @@ class EfficientViTConfig(Checked):
                 raise ValueError(f"a stage of width {width} is not a multiple of heads of {self.head}: change one")
 
 
+@dataclass(frozen=True)
+class DeiTConfig(ViTConfig):
+    """A ViT with what DeiT has besides (Touvron et al., 2021) and timm: biases of Q, K and V, LayerNorm's eps.
+
+    A class of its own: records hold every field of a network's configuration, and those of plain ViTs stay as they are.
+
+    Raises:
+        ValueError: as `ViTConfig`.
+    """
+
+    qkv_bias: bool = False  # type: ignore[misc]  # of a class here an option
+    norm_eps: Annotated[float, Range(0.0, 1.0)] = 1e-5  # type: ignore[misc]
+
+    def ignored(self) -> set[str]:
+        """As `TransformerConfig`, and the biases where nothing makes queries, keys or values."""
+        return super().ignored() | ({"qkv_bias"} if set(self.attention) == {"hamburger"} else set())
+
+
+DEIT: dict[str, Any] = dict(
+    **dict(image=224, patch=16, classes=1000, layers=12, mlp_ratio=4.0),
+    **dict(qkv_bias=True, norm_eps=1e-6, attention_dropout=0.0),
+)
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests: seconds to train on scikit-learn's 8x8 digits.
     "cct_2_3x1": dict(image=8, channels=1, layers=2, width=32, heads=2, memory=16),
@@ -179,6 +203,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The geometries of two other systems: MPCViT's on CIFAR, PriViT's ViT-Tiny (peers: without biases of Q, K and V).
     "vit_7_4_32": dict(patch=4, layers=7, width=256, heads=4),
     "vit_tiny_224": dict(image=224, patch=16, classes=200, layers=12, width=192, heads=3, mlp_ratio=4.0),
+    # DeiT (Touvron et al., 2021, Table 1), without distillation, exactly: `vit.load_deit` reads its weights.
+    "deit_tiny": dict(DEIT, width=192, heads=3),
+    "deit_small": dict(DEIT, width=384, heads=6),
+    "deit_base": dict(DEIT, width=768, heads=12),
 }
 
 # EfficientViTs: convolutions, and attention that is theirs, so that no row of the tables has a say in them.
@@ -214,12 +242,16 @@ def config_of(fields: dict) -> Any:
 
     It is an EfficientViT's if `widths` is among them, a ViT's if `patch` is, else a CCT's.
 
+    Of a `DeiTConfig` if one of its own is among them.
+
     Raises:
         ValueError: unknown field or value.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"fields are {shown(fields)}: give a dict, such as JSON of a configuration holds")
-    made = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
+    made: type[Checked] = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
+    if made is ViTConfig and {"qkv_bias", "norm_eps"} & set(fields):
+        made = DeiTConfig
     known = {field.name for field in dataclasses.fields(made)}
     if unknown := set(fields) - known:
         names = ", ".join(sorted(shown(name).strip("'") for name in unknown))

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..fields import Range, shown, whole
 from . import operations
-from .graph import trace
+from .foreign import read, unknown
 from .operations import KINDS
 
 CONVENTIONS = ("paper", "torch")
@@ -59,7 +59,7 @@ def flops(model: nn.Module, convention: str = "paper", images: torch.Tensor | No
             with FlopCounterMode(display=False) as counter:
                 model(images)
             return counter.get_total_flops() // len(images)
-        count = _PaperFlops(trace(model))
+        count = _PaperFlops(read(model, images, unknown))
         count.run(images)
         return sum(count.flops.values()) // len(images)
 
@@ -204,7 +204,7 @@ def breakdown(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> pd.Da
     """Where the clear forward pass spends its time and its FLOPs.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: any module that torch.fx can trace or `foreign.adopt` can read.
         images: (B, C, height, width).
         repeats: forward passes, after one to warm up; the median counts.
 
@@ -216,9 +216,9 @@ def breakdown(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> pd.Da
         ValueError: no model, images that it does not read, or a number of passes that is none.
     """
     _refuse(model, repeats=repeats)
-    graph = trace(model)
-    timed = _Timed(graph)
-    count = _PaperFlops(trace(deepcopy(model).to("meta")))
+    with _fitting(images):
+        graph = read(model, images, unknown)
+    timed, count = _Timed(graph), _PaperFlops(deepcopy(graph).to("meta"))
     with _fitting(images), torch.inference_mode():
         for _ in range(repeats + 1):
             timed.run(images)

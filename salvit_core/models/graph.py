@@ -18,6 +18,11 @@ class _Tracer(fx.Tracer):
         return isinstance(module, Operation) or super().is_leaf_module(module, name)
 
 
+def placed(model: nn.Module) -> bool:
+    """Whether a model is a graph whose nodes know their places."""
+    return isinstance(model, fx.GraphModule) and all("layer" in node.meta for node in model.graph.nodes)
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """The model in evaluation mode as a graph whose every node carries `meta["layer"]` and `meta["kind"]`.
 
@@ -26,9 +31,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Args:
         model: any module that torch.fx can trace; it is not changed.
 
+    A graph whose nodes know their places, such as `foreign.adopt` makes, is such a graph already: a copy is given.
+
     Raises:
         ValueError: the model's forward depends on its data (a Python `if` on a tensor, say).
     """
+    if placed(model):
+        return deepcopy(model).eval()
     # A copy: the graph shares its modules, and must stay in evaluation mode whatever becomes of the model.
     model = deepcopy(model).eval()
     try:

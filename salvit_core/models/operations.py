@@ -14,6 +14,7 @@ Letters: B batch, H heads, N tokens, D dimension of a head, m landmarks.
 
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ KINDS = (
     "activation",
     "pooling",
     "head",
+    "convolution",
 )
 
 
@@ -94,13 +96,16 @@ class Divide(Operation):
     Args:
         scale: public estimate of the denominator's size, for protocols that need to know; the result does not
             depend on it.
+        eps: another, such as zero where the denominator has been kept from zero before.
     """
 
     eps = EPS
 
-    def __init__(self, scale: float = 1.0):
+    def __init__(self, scale: float = 1.0, eps: float | None = None):
         super().__init__()
         self.scale = scale
+        if eps is not None:
+            self.eps = eps
 
     def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
         """Numerators and denominators >= 0 that broadcast -> their quotients."""
@@ -422,6 +427,82 @@ class TokenSum(Operation):
         return inputs[0].numel()
 
 
+class Sum(Operation):
+    """Sum over dimensions.
+
+    Args:
+        dims: which, counted from the last, such as (-2, -1).
+        keepdim: leave them, of size one.
+    """
+
+    def __init__(self, dims: tuple[int, ...], keepdim: bool = False):
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) -> what is left of the shape."""
+        return x.sum(self.dims, keepdim=self.keepdim)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"dims={self.dims}, keepdim={self.keepdim}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return inputs[0].numel()
+
+
+class Resample(Operation):
+    """Average pooling, adaptive pooling, interpolation: a public matrix on either side of every picture, R x C^T.
+
+    Args:
+        rows: R (height', height), plain numbers.
+        columns: C (width', width), plain numbers.
+    """
+
+    def __init__(self, rows: list[list[float]], columns: list[list[float]]):
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """R and C: public numbers."""
+        return torch.tensor(self.rows, dtype=torch.float64), torch.tensor(self.columns, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., height, width) -> (..., height', width')."""
+        rows, columns = (matrix.to(x.device, x.dtype) for matrix in self.matrices())
+        return rows @ x @ columns.T
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        sizes = [f"{len(matrix)}x{len(matrix[0])}" for matrix in (self.rows, self.columns)]
+        return f"{', '.join(sizes)}, {zlib.crc32(repr((self.rows, self.columns)).encode()):08x}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size, as pooling's sums."""
+        return inputs[0].numel()
+
+
+class Repeat(Operation):
+    """A learnt tensor for every image of a batch, such as a class token.
+
+    Args:
+        shape: (1, ...), of the tensor.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, ...), of which only the number counts -> (B, ...)."""
+        return self.weight.expand(images.shape[0], *self.weight.shape[1:])
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return 0
+
+
 def unit_values(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Values of which the j-th is the j-th unit vector: attention to them returns its weights.
 
@@ -450,6 +531,14 @@ TORCH: dict[type[nn.Module], Callable[..., int]] = {
     nn.LayerNorm: lambda module, result: 2 * result.numel(),
     nn.GELU: lambda module, result: result.numel(),
     nn.ReLU: lambda module, result: result.numel(),
+    nn.ReLU6: lambda module, result: result.numel(),
+    nn.Hardtanh: lambda module, result: result.numel(),
+    nn.LeakyReLU: lambda module, result: result.numel(),
+    nn.Hardswish: lambda module, result: result.numel(),
+    nn.Hardsigmoid: lambda module, result: result.numel(),
+    nn.SiLU: lambda module, result: result.numel(),
+    nn.Sigmoid: lambda module, result: result.numel(),
+    nn.Tanh: lambda module, result: result.numel(),
     nn.MaxPool2d: lambda module, result: 0,
     nn.Dropout: lambda module, result: 0,
     nn.Identity: lambda module, result: 0,

@@ -4,6 +4,7 @@ It takes any mechanism, normaliser and activation that CCT takes, and any networ
 Letters in the shape comments: B batch, C channels, N tokens, the class token first, M dimension of the model.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -75,7 +76,7 @@ class ViT(nn.Module):
         blocks = (PreNormBlock(config, layer, attention(config, layer)) for layer in range(config.layers))
         self.blocks = nn.Sequential(*blocks)
         self.pool = ClassToken()
-        self.norm = of_kind("LayerNorm", nn.LayerNorm(config.width))
+        self.norm = of_kind("LayerNorm", nn.LayerNorm(config.width, config.norm_eps))
         self.head = of_kind("head", nn.Linear(config.width, config.classes))
         initialize(self, position=0.02)
 
@@ -88,6 +89,41 @@ class ViT(nn.Module):
         refuse_other_images(self.config, images)
         x = self.tokenizer(images) + self.position  # (B, N, M)
         return self.norm(self.pool(self.blocks(x)))  # (B, M)
+
+
+# What timm and DeiT call the parts of a ViT, and what they are called here.
+_NAMES = {
+    "cls_token": "tokenizer.class_token",
+    "pos_embed": "position",
+    "patch_embed.proj": "tokenizer.embed",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.projection",
+    "mlp.fc1": "mlp.expand",
+    "mlp.fc2": "mlp.contract",
+}
+
+
+def load_deit(model: ViT, weights: dict) -> None:
+    """Load weights that timm or DeiT made, of a network without distillation, under their own names.
+
+    Args:
+        model: a ViT with QKV biases and LayerNorm's eps of 1e-6, such as preset "deit_tiny" gives.
+        weights: the state dict of timm's `VisionTransformer`, or what DeiT's checkpoints hold, with it as "model".
+
+    Raises:
+        ValueError: weights that are not those of this network: each by name, or by shape.
+    """
+    weights = weights.get("model", weights)
+    named = {}
+    for name, tensor in weights.items():
+        for theirs, ours in _NAMES.items():
+            name = re.sub(rf"(^|(?<=\.)){re.escape(theirs)}(?=\.|$)", ours, name)
+        named[name] = tensor
+    try:
+        model.load_state_dict(named)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights are not those of this ViT: {reason[:500]}") from error
 
 
 def build(config: TransformerConfig | EfficientViTConfig) -> nn.Module:

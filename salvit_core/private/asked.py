@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..fields import Among, Count, Range, check, shown
+from ..models.config import EfficientViTConfig, TransformerConfig
 from .links import Link
 from .protocol import DEALT, LIMIT, PROTOCOLS, PROVIDERS, REVEALS
 
@@ -89,6 +90,12 @@ def image_problem(images: Any, config: Any = None) -> str | None:
     if images.abs().max() > PIXEL:
         return f"images reach {images.abs().max():.3g}: fixed point needs values within 1024, so normalise the pixels"
     return None
+
+
+def config_of(model: nn.Module) -> TransformerConfig | EfficientViTConfig | None:
+    """The configuration of a network of ours: others' may have one that says something else."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, TransformerConfig | EfficientViTConfig) else None
 
 
 def weight_problem(weights: dict[str, torch.Tensor]) -> str | None:

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..compat import without_compiler
 from ..fields import shown, whole
-from ..models.graph import TRACING, trace
+from ..models.graph import TRACING
 from ..models.operations import KINDS
 from . import protocol_of
-from .asked import Asked, link_problem, model_problem
-from .interpreter import SecretInterpreter, unsupported
+from .asked import Asked, config_of, link_problem, model_problem
+from .interpreter import SecretInterpreter, network_of
 from .links import Link
 from .protocol import SERVER
 from .rehearsal import rehearse
@@ -123,13 +123,11 @@ def estimate(
         raise ValueError(f"seconds of protocol {protocol!r} cannot be modelled: a speed is of tuned")
     if not isinstance(shape, Sequence) or len(shape) != 4 or not all(whole(side) and side > 0 for side in shape):
         raise ValueError(f"shape is {shown(shape)}: give (B, C, height, width), each at least 1")
-    config = getattr(model, "config", None)
+    config = config_of(model)
     if config is not None and tuple(shape[1:]) != (config.channels, config.image, config.image):
         expected = f"(B, {config.channels}, {config.image}, {config.image})"
         raise ValueError(f"images of shape {tuple(shape)} do not fit: this network reads {expected}")
-    graph = trace(model)
-    if missing := unsupported(graph, protocol_of(protocol)):
-        raise ValueError(f"no private protocol for {', '.join(missing)}: {protocol} has none")
+    graph = network_of(model, shape, protocol_of(protocol))
     with _ONE_AT_A_TIME, TRACING, without_compiler():
         graph = graph.to("meta")
         try:

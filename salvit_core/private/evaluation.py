@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import fx, nn
 from tqdm.auto import tqdm
 
 from .. import workspace
 from ..fields import shown, whole
-from ..models.graph import trace
 from . import protocol_of
 from .asked import DAYS, Asked, folder_problem, model_problem
-from .interpreter import DomainInterpreter, fingerprint
+from .interpreter import DomainInterpreter, fingerprint, network_of
 from .parties.launch import infer
 
 
@@ -63,6 +62,7 @@ def evaluate(
     if problem := model_problem(model) or folder_problem("folder", folder):
         raise ValueError(problem)
     images, labels = drawn(dataset, n)
+    model = network_of(model, images.shape, protocol_of(protocol))
 
     # All that the logits depend on; n is not in it: fewer images are the first of more.
     identity = f"{_hashed(model)} {_data_hashed(dataset)} {protocol} {provider} {bits} {batch}"
@@ -102,7 +102,7 @@ def evaluate(
     logits = done["logits"][:n]
 
     # Of all images, so that an evaluation that was stopped says what one in a single go says.
-    exactly = DomainInterpreter(trace(model), protocol_of(protocol))
+    exactly = DomainInterpreter(model, protocol_of(protocol))
     with torch.no_grad():
         clear = torch.cat([exactly.run(part) for part in images.split(64)])
     error = (logits - clear).abs()
@@ -147,9 +147,9 @@ def _joined(done: dict, logits: torch.Tensor, operations: list[dict]) -> dict:
     return {**done, "logits": every, "operations": done["operations"] + moved}
 
 
-def _hashed(model: nn.Module) -> str:
+def _hashed(model: fx.GraphModule) -> str:
     """Of a network: its operations in order with their options, and its weights by name."""
-    found = hashlib.sha256(fingerprint(trace(model)).encode())
+    found = hashlib.sha256(fingerprint(model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode() + tensor.cpu().double().numpy().tobytes())
     return found.hexdigest()

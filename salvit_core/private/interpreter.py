@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from ..models.foreign import read
 from ..models.graph import parameters_of
 from .domains import Span, spans
 from .protocol import LIMIT, OPTIONS, Protocol, Traffic
@@ -24,9 +26,33 @@ def unsupported(graph: fx.GraphModule, protocol: Protocol) -> list[str]:
                 missing.append(f"{kind.__name__} ({node.target})")
             elif kind in OPTIONS and not OPTIONS[kind](module):
                 missing.append(f"{module} ({node.target})")
+        elif node.target is torch.nn.functional.pad and set(_of_pad(*node.args, **node.kwargs)) - {"constant", None, 0}:
+            missing.append(f"pad but with zeros ({node.meta['layer']})")
         elif node.op in ("call_function", "call_method") and node.target not in protocol.functions:
             missing.append(f"{getattr(node.target, '__name__', node.target)} ({node.meta['layer']})")
     return missing
+
+
+def _of_pad(x: fx.Node, pad: Any, mode: str = "constant", value: float | None = None) -> tuple:
+    """How torch.nn.functional.pad is asked to fill."""
+    return mode, value
+
+
+def network_of(model: nn.Module, shape: Sequence[int], protocol: Protocol) -> fx.GraphModule:
+    """A model's graph, every operation of which the protocol has: traced, or adopted where others wrote it.
+
+    Args:
+        model: any module.
+        shape: of the images that it reads, (B, C, height, width).
+        protocol: whose operations count.
+
+    Raises:
+        ValueError: operations that it lacks, one line each, with what could stand in for it.
+    """
+    graph = read(model, torch.zeros(tuple(shape)), lambda graph: unsupported(graph, protocol))
+    if missing := unsupported(graph, protocol):
+        raise ValueError(f"no private protocol for {', '.join(missing)}: {protocol.name} has none")
+    return graph
 
 
 def fingerprint(graph: fx.GraphModule) -> str:
@@ -105,10 +131,10 @@ class SecretInterpreter(fx.Interpreter):
 
         def work(node: fx.Node, index: int) -> None:
             self.env[node] = self._run_one(node, index)
-            for read in node.all_input_nodes:
-                readers[read] -= 1
-                if not readers[read]:
-                    del self.env[read]
+            for source in node.all_input_nodes:
+                readers[source] -= 1
+                if not readers[source]:
+                    del self.env[source]
             for reader in node.users:
                 missing[reader] -= 1
                 if not missing[reader]:

@@ -18,9 +18,12 @@ from ..models.operations import (
     HeadLinear,
     MatMul,
     Multiply,
+    Repeat,
+    Resample,
     Reweight,
     SegmentMeans,
     SquaredNorm,
+    Sum,
     Take,
     TokenConv,
     TokenSum,
@@ -37,11 +40,11 @@ DEALT = ("along", "ahead")  # when: while a query runs, or before
 REVEALS = ("logits", "label")  # what the client may learn; of "stock" the logits
 
 # Methods that only move numbers about.
-LAYOUT = ("flatten", "unflatten", "reshape", "transpose", "permute", "unbind", "squeeze", "unsqueeze")
+LAYOUT = ("flatten", "unflatten", "reshape", "transpose", "permute", "unbind", "squeeze", "unsqueeze", "roll", "expand")
 
 # Options of torch's modules that the protocols do not know: such a module is refused, not run as another.
 OPTIONS: dict[type, Callable[[Any], bool]] = {
-    nn.Conv2d: lambda m: (m.groups, m.dilation, m.padding_mode, type(m.padding)) == (1, (1, 1), "zeros", tuple),
+    nn.Conv2d: lambda m: (m.padding_mode, type(m.padding)) == ("zeros", tuple),
     nn.MaxPool2d: lambda m: (m.dilation, m.ceil_mode, m.return_indices) == (1, False, False),
     nn.GELU: lambda m: m.approximate == "none",
     nn.LayerNorm: lambda m: len(m.normalized_shape) == 1,
@@ -56,7 +59,8 @@ LIMIT = 2.0**16
 LINEAR = frozenset(
     {
         *(nn.Linear, nn.Conv2d, HeadLinear, TokenConv, Gain, MatMul, Multiply, SquaredNorm, Quad, LearnedQuad, Scaling),
-        *(Take, TokenSum, SegmentMeans, Reweight, nn.Identity, nn.Dropout, Dropout, StochasticDepth),
+        *(Take, TokenSum, Sum, SegmentMeans, Reweight, Resample, Repeat),
+        *(nn.Identity, nn.Dropout, Dropout, StochasticDepth),
     }
 )
 

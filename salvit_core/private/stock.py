@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..models.activations import LearnedQuad, Quad
+from ..models.activations import LearnedQuad, Quad, TanhGELU
 from ..models.attention.fused import Dropout
 from ..models.blocks import StochasticDepth
 from ..models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -30,9 +30,12 @@ from ..models.operations import (
     Multiply,
     NewtonInverse,
     PseudoInverse,
+    Repeat,
+    Resample,
     Reweight,
     SegmentMeans,
     SquaredNorm,
+    Sum,
     Take,
     TokenConv,
     TokenSum,
@@ -66,7 +69,12 @@ def linear(module: nn.Linear, secret: Secrets, x: MPCTensor) -> MPCTensor:
 
 def conv2d(module: nn.Conv2d, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """Convolution as one Beaver product of images and kernels. One round."""
-    y = x.conv2d(secret["weight"], stride=module.stride, padding=module.padding)
+    more = (
+        {}
+        if (module.dilation, module.groups) == ((1, 1), 1)
+        else {"dilation": module.dilation, "groups": module.groups}
+    )
+    y = x.conv2d(secret["weight"], stride=module.stride, padding=module.padding, **more)
     return y + secret["bias"].reshape(1, -1, 1, 1) if "bias" in secret else y
 
 
@@ -86,6 +94,47 @@ def relu(module: nn.ReLU, secret: Secrets, x: MPCTensor) -> MPCTensor:
 def max_pool2d(module: nn.MaxPool2d, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """The maximum of each window by pairwise comparisons, with the one-hot argmax that CrypTen computes beside it."""
     return x.max_pool2d(module.kernel_size, padding=module.padding, stride=module.stride)
+
+
+def clip(module: nn.Hardtanh, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """CrypTen's hardtanh: two comparisons."""
+    return x.hardtanh(module.min_val, module.max_val)
+
+
+def leaky_relu(module: nn.LeakyReLU, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A slope times x, and the rest of it where x is positive, by CrypTen's comparison."""
+    return x * module.negative_slope + x.relu() * (1 - module.negative_slope)
+
+
+def hardswish(module: nn.Hardswish, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """X relu6(x + 3) / 6: two comparisons and a product; CrypTen has none."""
+    return x * hardsigmoid(module, secret, x)
+
+
+def hardsigmoid(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """relu6(x + 3) / 6: two comparisons."""
+    return (x + 3).hardtanh(0, 6) / 6
+
+
+def sigmoid(module: nn.Sigmoid, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """CrypTen's sigmoid: the exponential of -|x|, and the reciprocal of one more."""
+    return x.sigmoid()
+
+
+def silu(module: nn.SiLU, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """X times CrypTen's sigmoid."""
+    return x * x.sigmoid()
+
+
+def tanh(module: nn.Tanh, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """CrypTen's tanh, 2 sigmoid(2 x) - 1."""
+    return x.tanh()
+
+
+def tanh_gelu(module: TanhGELU, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """X / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with CrypTen's tanh."""
+    inner = (x.square() * 0.044715 + 1) * x * math.sqrt(2 / math.pi)
+    return x * (inner.tanh() + 1) * 0.5
 
 
 def gelu(module: nn.GELU, secret: Secrets, x: MPCTensor) -> MPCTensor:
@@ -205,6 +254,17 @@ def segment_means(module: SegmentMeans, secret: Secrets, x: MPCTensor) -> MPCTen
     return x.transpose(-2, -1).matmul(module.matrix().t()).transpose(-2, -1)
 
 
+def resample(module: Resample, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """Products with public matrices: local."""
+    rows, columns = (matrix.float() for matrix in module.matrices())
+    return x.matmul(columns.t()).transpose(-2, -1).matmul(rows.t()).transpose(-2, -1)
+
+
+def repeat(module: Repeat, secret: Secrets, images: MPCTensor) -> MPCTensor:
+    """The server's tensor for every image: local."""
+    return _on_share(secret["weight"], torch.Tensor.expand, images.size(0), *module.weight.shape[1:])
+
+
 def reweight(module: Reweight, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """Product with public cosines and sines: local."""
     return (x.unsqueeze(-2) * module.factors().T[:, :, None].float()).flatten(-2)
@@ -251,6 +311,18 @@ MODULES: dict[type, Callable] = {
     NewtonInverse: newton_inverse,
     PseudoInverse: pseudo_inverse,
     nn.ReLU: relu,
+    nn.ReLU6: clip,
+    nn.Hardtanh: clip,
+    nn.LeakyReLU: leaky_relu,
+    nn.Hardswish: hardswish,
+    nn.Hardsigmoid: hardsigmoid,
+    nn.SiLU: silu,
+    nn.Sigmoid: sigmoid,
+    nn.Tanh: tanh,
+    TanhGELU: tanh_gelu,
+    Sum: moved,
+    Resample: resample,
+    Repeat: repeat,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
     Quad: quad,
@@ -296,6 +368,7 @@ FUNCTIONS: dict[object, Callable] = {
     operator.getitem: operator.getitem,
     torch.add: operator.add,
     torch.cat: crypten.cat,
+    torch.nn.functional.pad: lambda x, widths, **_: _on_share(x, torch.nn.functional.pad, widths),
 }
 
 
@@ -338,6 +411,18 @@ def _divide_domain(module: Divide, numerator: torch.Tensor, denominator: torch.T
     return spans("reciprocals of denominators", denominator + module.eps, RECIPROCAL)
 
 
+def _sigmoid_domain(module: nn.Module, x: torch.Tensor) -> list[Span]:
+    return spans("exponents", -x.abs(), EXPONENT)
+
+
+def _tanh_domain(module: nn.Tanh, x: torch.Tensor) -> list[Span]:
+    return spans("exponents", -2 * x.abs(), EXPONENT)
+
+
+def _tanh_gelu_domain(module: TanhGELU, x: torch.Tensor) -> list[Span]:
+    return _tanh_domain(nn.Tanh(), math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
 def _exponential_domain(module: Exponential, a: torch.Tensor) -> list[Span]:
     if module.dims:
         a = a - a.amax(tuple(range(-module.dims, 0)), keepdim=True)
@@ -352,6 +437,10 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
     L1: _l1_domain,
     nn.LayerNorm: _layer_norm_domain,
     nn.GELU: _gelu_domain,
+    nn.Sigmoid: _sigmoid_domain,
+    nn.SiLU: _sigmoid_domain,
+    nn.Tanh: _tanh_domain,
+    TanhGELU: _tanh_gelu_domain,
     Divide: _divide_domain,
     Exponential: _exponential_domain,
     NewtonInverse: lambda m, a: spans("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
@@ -360,7 +449,9 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
 
 
 # CrypTen compares exactly, whatever the numbers.
-EVERYWHERE = LINEAR | {nn.ReLU, nn.MaxPool2d}
+EVERYWHERE = LINEAR | {
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.MaxPool2d),
+}
 
 
 def _delayed(function: Callable, link: Link) -> Callable:

@@ -24,8 +24,11 @@ def losses(
     if teacher is None:
         return sums
     with torch.no_grad(), autocast(recipe.bf16, images.device):
-        target_features = teacher.features(images)
-        target = teacher.head(target_features).float()
+        if hasattr(teacher, "features"):
+            target_features = teacher.features(images)
+            target = teacher.head(target_features).float()
+        else:
+            target = teacher(images).float()
     if recipe.distill_logits:
         t = recipe.temperature
         divergence = F.kl_div(
@@ -42,7 +45,8 @@ def check_teacher(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -
     """Refuse a teacher that does not fit, or is not needed; move one that does to the model's device.
 
     Raises:
-        ValueError: a teacher without a weight above zero or the other way round, or of another size.
+        ValueError: a teacher without a weight above zero or the other way round, of another size, or without features
+            where they are to be distilled.
     """
     distills = recipe.distill_logits or recipe.distill_features
     if bool(distills) != (teacher is not None):
@@ -54,6 +58,13 @@ def check_teacher(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -
     if teacher is None:
         return
     teacher.to(next(model.parameters()).device).eval()
+    if not (hasattr(teacher, "features") and hasattr(model, "features")):
+        if recipe.distill_features:
+            raise ValueError(
+                f"distill_features is {recipe.distill_features}: what the head of a network that others wrote reads "
+                "has no name: use distill_logits"
+            )
+        return
     for name, weight, size in (
         ("classes", recipe.distill_logits, "out_features"),
         ("width", recipe.distill_features, "in_features"),

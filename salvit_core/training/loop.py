@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .. import datasets, workspace
+from .checkpoint import described, not_finite, resume, save, seed_all
 from .checkpoint import identity as identity_of
-from .checkpoint import not_finite, resume, save, seed_all
 from .distillation import check_teacher, losses
 from .evaluation import best_epoch, evaluate
 from .preparation import LogitsAndFeatures, prepare, redraw
@@ -191,7 +191,7 @@ def train(
         "seconds": sum(facts["seconds"] for facts in history),
         "bf16": recipe.bf16 and multiplies_bf16(data.test.images.device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config": dataclasses.asdict(model.config),
+        "config": described(model),
         "recipe": dataclasses.asdict(recipe),
         "data": data.name,
     }

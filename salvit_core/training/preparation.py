@@ -61,6 +61,12 @@ class LogitsAndFeatures(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, C, height, width) -> logits (B, classes) and features (B, M)."""
+        """Images (B, C, height, width) -> logits (B, classes) and features (B, M).
+
+        What the head of a network that others wrote reads has no name: its logits stand for it.
+        """
+        if not hasattr(self.model, "features"):
+            logits = self.model(images)
+            return logits, logits
         features = self.model.features(images)  # (B, M)
         return self.model.head(features), features

@@ -20,6 +20,7 @@ class Sizes:
     l2q_learn_d: bool = True
     l2q_initial_c: float = 1.0
     l2q_initial_d: float = 1.0
+    qkv_bias: bool = False
 
 
 FIELDS = Sizes.__dataclass_fields__

@@ -73,6 +73,9 @@ COUNTED = {
     "NewtonInverse": (operations.NewtonInverse(4), None, 0, 4 * 2 * 2 * H * N**3),
     "Reweight": (operations.Reweight(N), None, 2 * H * N * D, 0),  # N is no square: cosines and sines
     "TokenSum": (operations.TokenSum(), None, H * N * D, 0),
+    "Sum": (operations.Sum((-2, -1)), None, H * N * D, 0),
+    "Resample": (operations.Resample([[0.5, 0.5] * 3], [[1.0] * D]), None, H * N * D, 2 * H * D * (N + 1)),
+    "Repeat": (operations.Repeat((1, H, N, D)), None, 0, 0),
     "PseudoInverse": (operations.PseudoInverse(4), None, 0, 4 * 4 * 2 * H * N**3),
 }
 

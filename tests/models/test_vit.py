@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from others import timm
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +13,7 @@ from salvit_core import CCT, METHODS, CCTConfig, ViT, ViTConfig, build, config_o
 from salvit_core import datasets as data
 from salvit_core.models.attention import ATTENTION
 from salvit_core.models.graph import trace
+from salvit_core.models.vit import load_deit
 from salvit_core.private.parties.party import read_architecture
 from salvit_core.training.preparation import optimizer
 
@@ -212,3 +214,43 @@ def test_two_hosts_read_its_configuration(tmp_path):
     graph, _ = read_architecture(path)
     assert graph.get_parameter("tokenizer.class_token").is_meta
     assert {name for name, _ in graph.named_parameters()} == {name for name, _ in network().named_parameters()}
+
+
+# Weights of others
+
+DEIT = {"deit_tiny": 5_717_416, "deit_small": 22_050_664, "deit_base": 86_567_656}
+
+
+@pytest.mark.parametrize("name", DEIT)
+def test_deit_has_the_published_parameters(name):
+    with torch.device("meta"):
+        assert cost.parameters(ViT(preset(name))) == DEIT[name]
+
+
+def test_deit_is_timm_s_with_its_weights():
+    theirs = timm().create_model("deit_tiny_patch16_224", depth=2).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in theirs.parameters():  # biases, scales and the class token too must show
+        weight.data += torch.empty_like(weight).normal_(0, 0.05, generator=generator)
+    ours = ViT(preset("deit_tiny", layers=2)).eval()
+    load_deit(ours, {"model": theirs.state_dict()})
+    batch = torch.randn(2, 3, 224, 224, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), theirs(batch), rtol=1e-4, atol=1e-5)
+    load_deit(ours, theirs.state_dict())
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(ValueError, match=r"not those of this ViT: .*dist_token"):
+        load_deit(network(), {**network().state_dict(), "dist_token": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"not those of this ViT: .*size mismatch for position"):
+        load_deit(network(), {**network().state_dict(), "pos_embed": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_biases_of_queries_keys_and_values(name):
+    """Where a mechanism makes them; and without the option not a weight is another."""
+    plain, biased = (network(attention=name, qkv_bias=bias).state_dict() for bias in (False, True))
+    more = set(biased) - set(plain)
+    assert set(plain) <= set(biased) and bool(more) == (name != "hamburger")
+    assert all(key.rsplit(".", 2)[-2] in ("qkv", "query", "key", "value") for key in more)

@@ -25,9 +25,12 @@ from salvit_core.models.operations import (
     Multiply,
     NewtonInverse,
     PseudoInverse,
+    Repeat,
+    Resample,
     Reweight,
     SegmentMeans,
     SquaredNorm,
+    Sum,
     Take,
     TokenConv,
     TokenSum,
@@ -93,6 +96,17 @@ def quotient_bound(clear):
     return part * clear.abs() + 2 * ULP
 
 
+def means(before, after):
+    """Adaptive average pooling of a line, as a matrix."""
+    return torch.nn.functional.adaptive_avg_pool1d(torch.eye(before)[None], after)[0].T.tolist()
+
+
+def repeated():
+    module = Repeat((1, 2, 5))
+    module.weight.data = normal(1, 2, 5).float()
+    return on_grid(module)
+
+
 EXACT = 2.0**-40  # rounding of float64 only
 CASES = {
     "multiply": (Multiply(), SIDES, EXACT),
@@ -123,6 +137,12 @@ CASES = {
     "gain that broadcasts": (on_grid(Gain((3, 5, 1), 0.3)), (normal(2, 1, 5, 4, scale=6),), EXACT),
     "take": (Take([3, 3, 0, 8]), (normal(2, 3, 9, 5),), EXACT),
     "token sum": (TokenSum(), (normal(2, 3, 9, 5),), EXACT),
+    "sum": (Sum((-3, -1)), (normal(2, 3, 9, 5),), EXACT),
+    "sum, dimensions kept": (Sum((-2, -1), True), (normal(2, 3, 9, 5),), EXACT),
+    "repeat": (repeated(), (normal(3, 1, 2, 2),), EXACT),
+    # Values up to 20 times entries to 2^-17, and a rounding after each product.
+    "resample": (Resample(means(7, 3), means(5, 4)), (normal(2, 3, 7, 5, scale=5),), 2.0**-17 * 20 * 4 + 3 * ULP),
+    "resample to more": (Resample(means(2, 5), means(3, 3)), (normal(2, 3, 2, 3, scale=5),), 2.0**-17 * 40 + 3 * ULP),
     **{
         f"means of {tokens} in {segments}": (
             SegmentMeans(tokens, segments),
@@ -322,6 +342,9 @@ STOCK = {
     "gain": (Gain((3, 1, 1), 0.7), (3, 5, 4), 4.0, 0.0, 1e-3),
     "take": (Take([3, 3, 0, 8]), (3, 9, 5), 4.0, 0.0, 1e-3),
     "token sum": (TokenSum(), (3, 9, 5), 4.0, 0.0, 1e-3),
+    "sum": (Sum((-2, -1), True), (3, 9, 5), 4.0, 0.0, 2e-3),
+    "repeat": (repeated(), (3, 2), 4.0, 0.0, 1e-3),
+    "resample": (Resample(means(7, 3), means(5, 4)), (3, 7, 5), 4.0, 0.0, 1e-3),
     "means": (SegmentMeans(16, 4), (3, 16, 5), 4.0, 0.0, 1e-3),
     "reweight": (Reweight(16), (3, 16, 5), 4.0, 0.0, 1e-3),
     # Entries of about 0.5 -+ 0.02: singular but for the ridge; its inverse errs by |Z|^2 = 100 steps of the input's.

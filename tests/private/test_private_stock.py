@@ -9,7 +9,7 @@ from zoo import Zoo
 
 from salvit_core import CCT, preset, private
 from salvit_core.models import operations
-from salvit_core.models.activations import LearnedQuad, Quad
+from salvit_core.models.activations import LearnedQuad, Quad, TanhGELU
 from salvit_core.models.graph import trace
 from salvit_core.models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from salvit_core.models.operations import MatMul
@@ -64,6 +64,16 @@ OPERATIONS = {
     "relu": (nn.ReLU(), (40,), 3.0, 0.0, 3 * ULP),
     "max_pool2d": (nn.MaxPool2d(3, 2, 1), (2, 6, 6), 3.0, 0.0, 6 * ULP),
     "gelu": (nn.GELU(), (40,), 1.1, 0.4, 1e-2),
+    "relu6": (nn.ReLU6(), (40,), 9.0, 0.0, (9.0 + 6) * ULP),
+    "hardtanh": (nn.Hardtanh(-2.0, 3.0), (40,), 9.0, 0.0, (9.0 + 6) * ULP),
+    "leaky_relu": (nn.LeakyReLU(0.1), (40,), 9.0, 0.0, (2 * 9.0 + 6) * ULP),
+    "hardswish": (nn.Hardswish(), (40,), 5.0, 0.0, (2 * 5.0 + 6) * ULP),
+    "hardsigmoid": (nn.Hardsigmoid(), (40,), 5.0, 0.0, 6 * ULP),
+    "sigmoid": (nn.Sigmoid(), (40,), 5.0, 0.0, 1e-2),
+    "silu": (nn.SiLU(), (40,), 5.0, 0.0, 5e-2),
+    "tanh": (nn.Tanh(), (40,), 3.0, 0.0, 1e-2),
+    "tanh_gelu": (TanhGELU(), (40,), 2.0, 0.0, 2e-2),
+    "conv2d, a channel each": (nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=False), (4, 6, 6), 2.0, 0.0, 60 * ULP),
     "quad": (Quad(), (40,), 3.0, 0.0, (4 * 3.0 + 4) * ULP),
     "learned_quad": (LearnedQuad(40), (40,), 3.0, 0.0, (4 * 3.0 + 4) * ULP),
     "layer_norm": (affine_norm(32), (4, 32), 2.0, 0.5, 2e-2),
@@ -196,6 +206,10 @@ def test_exponent_domain():
         (L1(), torch.full((1, 1, 1, 64), 1.0), "row sums 64 to 64"),
         (nn.LayerNorm(4), torch.zeros(1, 4), "inverse roots of variances 1e-05"),
         (nn.GELU(), torch.tensor([[2.0]]), "error functions of 1.41"),
+        (nn.Sigmoid(), torch.tensor([[600.0]]), "exponents -600"),
+        (nn.SiLU(), torch.tensor([[-600.0]]), "exponents -600"),
+        (nn.Tanh(), torch.tensor([[300.0]]), "exponents -600"),
+        (TanhGELU(), torch.tensor([[20.0]]), "exponents -603"),
     ],
 )
 def test_every_domain_is_watched(module, x, what):

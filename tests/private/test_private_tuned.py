@@ -23,7 +23,7 @@ from zoo import Zoo
 
 from salvit_core import CCT, preset, private
 from salvit_core.models import operations
-from salvit_core.models.activations import ACTIVATIONS, LearnedQuad, Quad
+from salvit_core.models.activations import ACTIVATIONS, LearnedQuad, Quad, TanhGELU
 from salvit_core.models.blocks import SequencePool
 from salvit_core.models.graph import trace
 from salvit_core.models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -226,6 +226,10 @@ def gelu(x):
     return x / 2 * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def tanh_gelu(x):
+    return nn.functional.gelu(x, approximate="tanh")
+
+
 @pytest.mark.parametrize(
     "octaves, exponent",
     [(VARIANCE, -0.5), (ROW_SUM, -1.0), (L2Q_SUM, -1.0), (L1_SUM, -1.0), ((-1, 9), -1.0)],
@@ -352,6 +356,13 @@ ROUNDS = {
     "relu": (nn.ReLU(), 3),
     "max_pool2d": (nn.MaxPool2d((2, 3)), 3 * (1 + 2)),
     "gelu": (nn.GELU(), 4),
+    "gelu by a tanh": (TanhGELU(), 4),
+    "relu6": (nn.ReLU6(), 3),
+    "leaky_relu": (nn.LeakyReLU(), 4),
+    "hardswish": (nn.Hardswish(), 4),
+    "hardsigmoid": (nn.Hardsigmoid(), 4),
+    "silu": (nn.SiLU(), 4),
+    "conv2d, a channel each": (nn.Conv2d(6, 6, 3, groups=6), 1),
     "quad": (Quad(), 1),
     "learned_quad": (LearnedQuad(4), 2),
     "layer_norm": (nn.LayerNorm(4, elementwise_affine=False), 5),
@@ -540,6 +551,11 @@ def test_normalisers_of_any_shape(kind, rows, keys, dim, scale, seed):
 # truncations take; that of exp keeps the sum of a row of 256 to 0.4 %, whatever is in it.
 CURVES = {
     "gelu": (nn.GELU(), gelu, (-GELU, GELU), lambda x: torch.full_like(x, 1.5e-3)),
+    "gelu by a tanh": (TanhGELU(), tanh_gelu, (-GELU, GELU), lambda x: torch.full_like(x, 1.5e-3)),
+    "hardswish": (nn.Hardswish(), nn.functional.hardswish, (-55.9, 55.9), lambda x: torch.full_like(x, 1e-3)),
+    "sigmoid": (nn.Sigmoid(), torch.sigmoid, (-47.9, 47.9), lambda x: torch.full_like(x, 7e-4)),
+    "silu": (nn.SiLU(), nn.functional.silu, (-47.9, 47.9), lambda x: torch.full_like(x, 1.5e-3)),
+    "tanh": (nn.Tanh(), torch.tanh, (-47.9, 47.9), lambda x: torch.full_like(x, 1e-3)),
     "exp": (Softmax(), torch.exp, (-118.0, 0.0), lambda x: 4e-3 * (1 / 256 + x.exp())),
 }
 
@@ -553,7 +569,7 @@ def curve(module, bits):
         return before(x, pieces, low, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        for gate in (gates.curve, gates.exponential):
+        for gate in (gates.curve, gates.exponential, gates.activations):
             patch.setattr(gate, "piecewise", piecewise)
         privately(module, torch.zeros(1, 2), bits)
     return seen[0]
@@ -669,12 +685,33 @@ OPERATIONS = {
     "linear": (on_grid(nn.Linear(32, 16)), rows(8, 32, 0.1, 16, normal=True), ULP),
     "conv2d": (on_grid(nn.Conv2d(2, 3, 3, 1, 1, bias=False)), rows(12, 6, 4, 4).view(2, 6, 6), ULP),
     "conv2d, not square": (on_grid(nn.Conv2d(1, 3, (5, 3), (2, 1), (2, 0))), rows(7, 6, 4, 4)[None], ULP),
+    "conv2d, in groups": (
+        on_grid(nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False)),
+        rows(28, 6, 4, 4).view(4, 7, 6),
+        ULP,
+    ),
+    "conv2d, a channel each": (
+        on_grid(nn.Conv2d(4, 8, (3, 2), (1, 2), (1, 0), (2, 1), groups=4)),
+        rows(28, 6, 4, 4).view(4, 7, 6),
+        ULP,
+    ),
+    "conv2d, dilated": (on_grid(nn.Conv2d(2, 3, 3, dilation=2)), rows(14, 6, 4, 4).view(2, 7, 6), ULP),
     "matmul": (Gram(), rows(10, 8, 1, 8, normal=True).view(2, 5, 8), ULP),
     # Nearer to zero than 2^-9 the comparison is blind, and takes x for 0 or 0 for x.
     "relu": (nn.ReLU(), torch.cat([torch.linspace(-63.9, 63.9, 1001), torch.linspace(-0.01, 0.01, 101)]), 2.0**-9),
     "max_pool2d": (nn.MaxPool2d(3, 2, 1), rows(14, 6, 0.01, 63.8).view(2, 7, 6) - 31.9, 4 * 2.0**-9),
     "max_pool2d, not square": (nn.MaxPool2d((1, 2), (2, 2), (0, 1)), rows(7, 6, 63, 63)[None] - 31.5, 2.0**-9),
     "gelu": (nn.GELU(), torch.cat([torch.linspace(-GELU, GELU, 2001), torch.linspace(-5, 5, 2001)]), 2e-3),
+    "gelu by a tanh": (TanhGELU(), torch.cat([torch.linspace(-GELU, GELU, 2001), torch.linspace(-5, 5, 2001)]), 2e-3),
+    # Nearer to a knot than 2^-9 either side's line is taken.
+    "relu6": (nn.ReLU6(), torch.cat([torch.linspace(-57.9, 63.9, 1001), torch.linspace(5.99, 6.01, 101)]), 2.0**-9),
+    "hardtanh": (nn.Hardtanh(-2.0, 3.0), torch.linspace(-60.9, 61.9, 2001), 2.0**-9),
+    "leaky_relu": (nn.LeakyReLU(0.1), torch.linspace(-55.9, 55.9, 2001), 2.0**-9),
+    "hardswish": (nn.Hardswish(), torch.cat([torch.linspace(-55.9, 55.9, 2001), torch.linspace(-4, 4, 2001)]), 1e-3),
+    "hardsigmoid": (nn.Hardsigmoid(), torch.linspace(-55.9, 55.9, 4001), 1e-3),
+    "sigmoid": (nn.Sigmoid(), torch.cat([torch.linspace(-47.9, 47.9, 2001), torch.linspace(-9, 9, 2001)]), 1e-3),
+    "silu": (nn.SiLU(), torch.cat([torch.linspace(-47.9, 47.9, 2001), torch.linspace(-11, 11, 2001)]), 2e-3),
+    "tanh": (nn.Tanh(), torch.cat([torch.linspace(-47.9, 47.9, 2001), torch.linspace(-5, 5, 2001)]), 1.5e-3),
     # From x at 11 bits.
     "quad": (Quad(), torch.linspace(-250, 250, 1001), lambda x: 2.0**-11 * (1 + (1 + x.abs()) / 4)),
     # From x at 12 bits and a at 13.

@@ -150,7 +150,7 @@ def test_an_estimate_grows_with_the_batch_and_knows_the_link():
         (lambda m: estimate(m, (1, 1, 8)), r"shape is \(1, 1, 8\): give \(B, C, height, width\)"),
         (lambda m: estimate(m, (0, 1, 8, 8)), "each at least 1"),
         (lambda m: estimate(m, (1, 3, 8, 8)), r"do not fit: this network reads \(B, 1, 8, 8\)"),
-        (lambda m: estimate(torch.nn.Sequential(torch.nn.Tanh()), (1, 1, 8, 8)), r"no private protocol for Tanh \(0\)"),
+        (lambda m: estimate(torch.nn.Sequential(torch.nn.Mish()), (1, 1, 8, 8)), r"no private protocol for mish \(0\)"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(call, message):

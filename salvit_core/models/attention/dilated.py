@@ -83,7 +83,7 @@ class DilatedAttention(MergedAttention):
         self.side, heads = side, self.heads
         tables = [windows(self.tokens, dilation, side) for dilation in dilations]
         normalizer = normalizer_of(config)
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.gather = of_kind("scores", nn.ModuleList(Take(members) for members, _ in tables))
         # The last one is the global branch's, here and in `values`.
         self.scores = of_kind("scores", nn.ModuleList(MatMul() for _ in range(len(tables) + 1)))

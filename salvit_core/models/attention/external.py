@@ -29,7 +29,7 @@ class ExternalAttention(Mechanism):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
+        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
         self.scores = of_kind("scores", nn.Linear(self.head, config.memory, bias=False))  # M_k
         shape = (1, self.tokens, config.memory)
         self.normalizer = normalizer_of(config)(dim=-2, heads=self.heads, shape=shape)

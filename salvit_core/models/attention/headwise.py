@@ -32,7 +32,7 @@ class SelfHeads(nn.Module):
         super().__init__()
         self.heads, self.head = heads, config.width // config.heads
         tokens, head = config.tokens, self.head
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * heads * head, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * heads * head, bias=config.qkv_bias))
         self.scores = of_kind("scores", MatMul())
         self.normalizer = normalizer_of(config)(dim=-1, heads=heads, shape=(heads, tokens, tokens))
         self.dropout = fused.Dropout(config.attention_dropout)
@@ -64,7 +64,7 @@ class ExternalHeads(nn.Module):
         super().__init__()
         self.heads, self.head = heads, config.width // config.heads
         tokens, head, memory = config.tokens, self.head, config.memory
-        self.query = of_kind("projection", nn.Linear(config.width, heads * head, bias=False))
+        self.query = of_kind("projection", nn.Linear(config.width, heads * head, bias=config.qkv_bias))
         self.scores = of_kind("scores", nn.Linear(head, memory, bias=False))  # M_k
         self.normalizer = normalizer_of(config)(dim=-2, heads=heads, shape=(1, tokens, memory))
         self.l1 = second(self.normalizer)

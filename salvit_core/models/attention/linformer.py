@@ -29,7 +29,7 @@ class Linformer(MergedAttention):
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
         self.count = min(config.memory, self.tokens)  # k
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.reduction = of_kind("scores", self._reduction())
         self.scores = of_kind("scores", MatMul())
         shape = (self.heads, self.tokens, self.count)

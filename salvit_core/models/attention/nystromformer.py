@@ -37,7 +37,7 @@ class Nystromformer(MergedAttention):
         heads, tokens, count = self.heads, self.tokens, min(config.memory, self.tokens)  # H, N, m
         shapes = (heads, tokens, count), (heads, count, count), (heads, count, tokens)
         normalizer = normalizer_of(config)
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.landmarks = of_kind("scores", SegmentMeans(tokens, count))
         self.scores = of_kind("scores", nn.ModuleList(MatMul() for _ in shapes))
         self.normalizer = nn.ModuleList(normalizer(dim=-1, heads=heads, shape=shape) for shape in shapes)

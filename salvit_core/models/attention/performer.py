@@ -42,7 +42,7 @@ class Performer(MergedAttention):
     def __init__(self, config: "TransformerConfig", eps: float = EPS):
         super().__init__(config)
         self.eps = eps
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         features = nn.Linear(self.head, config.memory, bias=False).requires_grad_(False)  # W
         self.features = of_kind("normaliser", features)
         self._make_kernel()

@@ -22,7 +22,7 @@ class ScalingAttention(MergedAttention):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.scores = of_kind("scores", MatMul())
         self.values = of_kind("values", MatMul())
         self.projection = of_kind("projection", nn.Linear(config.width, config.width))

@@ -25,7 +25,7 @@ class SelfAttention(Mechanism):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.scores = of_kind("scores", MatMul())
         shape = (self.heads, self.tokens, self.tokens)
         self.normalizer = normalizer_of(config)(dim=-1, heads=self.heads, shape=shape)

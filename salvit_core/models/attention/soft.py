@@ -40,8 +40,8 @@ class Soft(Mechanism):
     def __init__(self, config: "TransformerConfig", iterations: int = 20, ridge: float = 0.1):
         super().__init__(config)
         self.count = min(config.memory, self.tokens)  # m
-        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
-        self.value = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
+        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
+        self.value = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
         self.landmarks = of_kind("scores", SegmentMeans(self.tokens, self.count))
         self.norms = of_kind("scores", SquaredNorm())
         self.scores = of_kind("scores", MatMul())

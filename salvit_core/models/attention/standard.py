@@ -26,9 +26,9 @@ class StandardAttention(Mechanism):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
-        self.key = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
-        self.value = of_kind("projection", nn.Linear(config.width, config.width, bias=False))
+        self.query = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
+        self.key = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
+        self.value = of_kind("projection", nn.Linear(config.width, config.width, bias=config.qkv_bias))
         self.scores = of_kind("scores", MatMul())
         shape = (self.heads, self.tokens, self.tokens)
         self.normalizer = normalizer_of(config)(dim=-1, heads=self.heads, shape=shape)

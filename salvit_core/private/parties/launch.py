@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from ...fields import shown
-from ...models.graph import TRACING, trace
+from ...models.graph import TRACING
 from ...models.operations import KINDS
 from .. import protocol_of
 from ..asked import (
     DAYS,
     Asked,
+    config_of,
     folder_problem,
     image_problem,
     link_problem,
@@ -34,7 +35,7 @@ from ..asked import (
     weight_problem,
 )
 from ..estimation import Costs, estimate
-from ..interpreter import DomainInterpreter, unsupported
+from ..interpreter import DomainInterpreter, network_of
 from ..links import Link
 from ..protocol import ROLES, Protocol
 from .forks import Born, Silent, bear, guard
@@ -157,7 +158,8 @@ def infer(
     there makes them wait, which nothing but `timeout` ends.
 
     Args:
-        model: any module whose operations the protocol knows; it is used in evaluation mode and not changed.
+        model: any module whose operations the protocol knows, or that `models.foreign.adopt` makes one of; it is used
+            in evaluation mode and not changed.
         images: (B, C, height, width), float, normalised pixels.
         protocol: "stock", CrypTen's own functions, or "tuned", ours.
         provider: "TFP" or "TTP", who makes the correlated randomness.
@@ -192,14 +194,16 @@ def infer(
         raise ValueError(f"progress is {shown(progress)}: give a function of a dict, or None")
     if audit and protocol != "tuned":
         raise ValueError(f"protocol {protocol!r} knows no audit: choose tuned")
-    if problem := model_problem(model) or image_problem(images, getattr(model, "config", None)):
+    if problem := model_problem(model) or image_problem(images, config_of(model)):
         raise ValueError(problem)
     if problem := weight_problem(model.state_dict()):
         raise ValueError(problem)
     images = images.detach().cpu()
     with TRACING:  # what is traced in another thread patches every module's call
         clear = _answered(model, images)
-    graph, images = trace(model).float(), images.float()
+    graph, images = network_of(model, images.shape, protocol_of(protocol)).float(), images.float()
+    if problem := weight_problem(graph.state_dict()):
+        raise ValueError(problem)
     with TRACING:
         violations = _violations(graph, images, protocol_of(protocol))
     size = query_size(len(images), batch)
@@ -308,8 +312,11 @@ def _drift(graph: torch.fx.GraphModule, images: torch.Tensor, protocol: str, fol
     size = next(iter(shares[0].values()))[0][0].shape[0]
     start = (len(images) - 1) // size * size
     clear = _Keeping(protocol_of(protocol).rewrite(deepcopy(graph)))
-    with torch.no_grad():
-        clear.run(images[start:].float())
+    given = images[start:].float()
+    with (
+        torch.no_grad()
+    ):  # of a network that others wrote the batch need not be the first dimension: filled up as there
+        clear.run(torch.cat([given, given.new_zeros(size - len(given), *given.shape[1:])]))
     rows = []
     for node in clear.module.graph.nodes:
         if node.name not in shares[0]:
@@ -318,7 +325,9 @@ def _drift(graph: torch.fx.GraphModule, images: torch.Tensor, protocol: str, fol
         for (ours, bits), (theirs, _) in zip(*(share[node.name] for share in shares), strict=True):
             value = value * ((ours + theirs).double() / 2.0**bits)
         exact = clear.kept[node.name]
-        error = (value[: len(exact)] - exact).abs().max().item()
+        if len(exact) == size:
+            value, exact = value[: len(given)], exact[: len(given)]
+        error = (value - exact).abs().max().item()
         place = {"node": str(node.target), "layer": node.meta["layer"], "kind": node.meta["kind"]}
         rows.append({**place, "error": error, "scale": exact.abs().max().item()})
     return pd.DataFrame(rows)
@@ -347,16 +356,17 @@ def _answered(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     first = next(itertools.chain(twin.parameters(), twin.buffers()), images)
     try:
         with torch.no_grad():
-            return twin(images.to(first.device, first.dtype)).float().cpu()
+            answer = twin(images.to(first.device, first.dtype))
+        if not isinstance(answer, torch.Tensor):
+            raise ValueError(f"{type(model).__name__} does not return one tensor: let it return the logits alone")
+        return answer.float().cpu()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"images of shape {tuple(images.shape)} do not fit the network: {reason}") from error
 
 
 def _violations(graph: torch.fx.GraphModule, images: torch.Tensor, table: Protocol) -> list[str]:
-    """What leaves its domain in the clear; refuses what cannot be run."""
-    if missing := unsupported(graph, table):
-        raise ValueError(f"no private protocol for {', '.join(missing)}: {table.name} has none")
+    """What leaves its domain in the clear."""
     clear = DomainInterpreter(graph, table)
     with torch.no_grad():
         clear.run(images)

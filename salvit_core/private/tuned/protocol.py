@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ...compat import without_compiler
-from ...models.activations import LearnedQuad, Quad
+from ...models.activations import LearnedQuad, Quad, TanhGELU
 from ...models.attention.fused import Dropout
 from ...models.blocks import StochasticDepth
 from ...models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
@@ -23,9 +23,12 @@ from ...models.operations import (
     Multiply,
     NewtonInverse,
     PseudoInverse,
+    Repeat,
+    Resample,
     Reweight,
     SegmentMeans,
     SquaredNorm,
+    Sum,
     Take,
     TokenConv,
     TokenSum,
@@ -37,6 +40,22 @@ from ..transport import Channel, TransportError
 from .arithmetic.randomness import Cost, Dealing, Keys, new_key, packed, unpacked
 from .arithmetic.schedule import Schedule
 from .arithmetic.share import BITS, Share, Weight, keep_memory, session
+from .gates.activations import (
+    clip,
+    clip_domain,
+    hardsigmoid,
+    hardsigmoid_domain,
+    hardswish,
+    hardswish_domain,
+    leaky_relu,
+    leaky_relu_domain,
+    sigmoid,
+    silu,
+    smooth_domain,
+    tanh,
+    tanh_gelu,
+    tanh_gelu_domain,
+)
 from .gates.answer import answer
 from .gates.curve import check, gelu, gelu_domain
 from .gates.divide import divide, divide_domain
@@ -45,7 +64,7 @@ from .gates.inverse import newton_inverse, newton_inverse_domain, pseudo_inverse
 from .gates.layernorm import layer_norm, layer_norm_domain
 from .gates.linear import conv2d, gain, head_linear, linear, token_conv
 from .gates.maximum import max_pool2d, max_pool2d_domain, relu, relu_domain
-from .gates.move import cat, identity, layout, moved, reweight, segment_means
+from .gates.move import cat, identity, layout, moved, pad, reweight, segment_means
 from .gates.normalise import (
     l1,
     l1_domain,
@@ -60,6 +79,7 @@ from .gates.normalise import (
     two_relu_domain,
 )
 from .gates.product import either, learned_quad, matmul, quad, squared_norm, times
+from .gates.resample import repeat, resample
 from .rewrite import rewrite
 
 MODULES: dict[type, Callable] = {
@@ -80,6 +100,18 @@ MODULES: dict[type, Callable] = {
     NewtonInverse: newton_inverse,
     PseudoInverse: pseudo_inverse,
     nn.ReLU: relu,
+    nn.ReLU6: clip,
+    nn.Hardtanh: clip,
+    nn.LeakyReLU: leaky_relu,
+    nn.Hardswish: hardswish,
+    nn.Hardsigmoid: hardsigmoid,
+    nn.SiLU: silu,
+    nn.Sigmoid: sigmoid,
+    nn.Tanh: tanh,
+    TanhGELU: tanh_gelu,
+    Sum: moved,
+    Resample: resample,
+    Repeat: repeat,
     nn.MaxPool2d: max_pool2d,
     nn.GELU: gelu,
     Quad: quad,
@@ -107,6 +139,7 @@ FUNCTIONS: dict[object, Callable] = {
     operator.getitem: operator.getitem,
     torch.add: operator.add,
     torch.cat: cat,
+    torch.nn.functional.pad: pad,
 }
 
 
@@ -114,6 +147,15 @@ FUNCTIONS: dict[object, Callable] = {
 
 DOMAINS: dict[type, Callable[..., list[Span]]] = {
     nn.ReLU: relu_domain,
+    nn.ReLU6: clip_domain,
+    nn.Hardtanh: clip_domain,
+    nn.LeakyReLU: leaky_relu_domain,
+    nn.Hardswish: hardswish_domain,
+    nn.Hardsigmoid: hardsigmoid_domain,
+    nn.SiLU: smooth_domain,
+    nn.Sigmoid: smooth_domain,
+    nn.Tanh: smooth_domain,
+    TanhGELU: tanh_gelu_domain,
     nn.MaxPool2d: max_pool2d_domain,
     nn.GELU: gelu_domain,
     nn.LayerNorm: layer_norm_domain,

@@ -20,11 +20,49 @@ def log2_above(count: int) -> int:
     return (count - 1).bit_length()
 
 
-def windows(images: torch.Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]):
+def windows(
+    images: torch.Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+):
     """Images (B, C, height, width) as one row per output pixel: (B, pixels, C k k). A convolution is then a product."""
     padded = torch.nn.functional.pad(images, (padding[1], padding[1], padding[0], padding[0]))
-    patches = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])  # (B, C, h, w, k, k)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    patches = padded.unfold(2, reach[0], stride[0]).unfold(3, reach[1], stride[1])  # (B, C, h, w, reach, reach)
+    patches = patches[..., :: dilation[0], :: dilation[1]]  # (B, C, h, w, k, k)
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def grouped(
+    images: torch.Tensor,
+    weight: "torch.Tensor | Factor",
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:
+    """A convolution in groups: (B, C, height, width) -> (B, pixels, C'); the weight is as `prepared` leaves it."""
+    if isinstance(weight, torch.Tensor):
+        # A channel each: tap by tap, no product of matrices.
+        padded = torch.nn.functional.pad(images, (padding[1], padding[1], padding[0], padding[0]))
+        side = [(padded.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+        made = None
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                top, left = i * dilation[0], j * dilation[1]
+                part = padded[..., top : top + (side[0] - 1) * stride[0] + 1 : stride[0], :]
+                part = part[..., left : left + (side[1] - 1) * stride[1] + 1 : stride[1]]  # (B, C, h, w)
+                part = part.unsqueeze(2) * weight[..., i, j, None, None]  # (B, C, C' / C, h, w)
+                made = part if made is None else made.add_(part)
+        assert made is not None  # a kernel has entries
+        return made.flatten(1, 2).flatten(2).mT
+    rows = windows(images.unflatten(1, (groups, -1)).flatten(0, 1), kernel, stride, padding, dilation)
+    rows = rows.unflatten(0, (-1, groups)).transpose(0, 1)  # (G, B, pixels, C k k / G)
+    made = product(rows.flatten(1, 2), weight).unflatten(1, rows.shape[1:3])  # (G, B, pixels, C' / G)
+    return made.permute(1, 2, 0, 3).flatten(2)
 
 
 def _limbs(x: torch.Tensor, width: int, count: int) -> list[torch.Tensor]:
@@ -96,6 +134,9 @@ def _full(left: torch.Tensor, theirs: list[torch.Tensor], low: torch.Tensor, end
 
 def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor":
     """A weight, ready for `apply`: cut into limbs where the operation is a matrix product."""
+    if operation[0] == "grouped":
+        apart = weight.unflatten(0, (operation[-1], -1))  # (G, C' / G, C / G, k, k)
+        return apart[:, :, 0].contiguous() if apart.shape[2] == 1 else Factor(apart.flatten(2).mT.contiguous(), bits)
     if operation[0] in ("multiply", "taps"):
         return weight
     return Factor(weight.mT if operation[0] == "heads" else weight.flatten(1).t(), bits)
@@ -104,8 +145,9 @@ def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.T
 def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
     """An activation times a weight, in the ring.
 
-    Operations: ("linear",), ("conv", kernel, stride, padding), ("multiply",) entry by entry, ("heads",) a matrix per
-    head that multiplies the tokens, ("taps",) a kernel per head along the tokens.
+    Operations: ("linear",), ("conv", kernel, stride, padding) and, where it is dilated, its dilation, ("grouped",
+    kernel, stride, padding, dilation, groups), ("multiply",) entry by entry, ("heads",) a matrix per head that
+    multiplies the tokens, ("taps",) a kernel per head along the tokens.
     """
     if operation[0] == "multiply":
         return x * weight
@@ -114,6 +156,9 @@ def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bi
         taps, tokens = weight.shape[1], x.shape[-2]
         padded = torch.nn.functional.pad(x, (0, 0, taps // 2, taps // 2))
         return sum(padded[..., t : t + tokens, :] * weight[:, t, None, None] for t in range(taps))
+    if operation[0] == "grouped":
+        ready = isinstance(weight, Factor) or weight.dim() == 4 and weight.shape[0] == operation[-1] == x.shape[1]
+        return grouped(x, weight if ready else prepared(operation, weight, bits), *operation[1:])
     weight = weight if isinstance(weight, Factor) else prepared(operation, weight, bits)
     if operation[0] == "heads":
         return product(x.mT, weight).mT

@@ -29,7 +29,10 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
     r, share = session.correlation("by_weight", name, operation, tuple(x.shape), out)
     if session.recording:
         # What each number of the result is a sum of: a row of the matrix, a kernel of the convolution.
-        summed = value.shape[1:] if operation[0] == "conv" else value.shape[-1:] if operation[0] != "multiply" else ()
+        if operation[0] in ("conv", "grouped"):
+            summed = value.shape[1:]
+        else:
+            summed = value.shape[-1:] if operation[0] != "multiply" else ()
         session.tape.costs[session.here()].products += torch.Size(out).numel() * torch.Size(summed).numel()
     if session.rank == CLIENT:
         session.send(x.data - r)
@@ -73,8 +76,13 @@ def conv2d(module: nn.Conv2d, secret: dict, x: Share) -> Share:
         Failure: 2^-38 a number of x; 0 of an image, which has no bits to lose.
     """
     kernel, stride, padding = module.kernel_size, module.stride, module.padding
-    side = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
-    operation = ("conv", kernel, stride, padding)
+    dilation, groups = module.dilation, module.groups
+    reach = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    side = [(x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
+    operation: tuple = ("conv", kernel, stride, padding)
+    operation += (dilation,) if dilation != (1, 1) else ()
+    if groups > 1:
+        operation = ("grouped", kernel, stride, padding, dilation, groups)
     out = (x.shape[0], side[0] * side[1], module.out_channels)
     y = by_weight(operation, secret["weight"].name, x.settle().to(session.bits), secret["weight"], out)
     y = y + secret["bias"] if "bias" in secret else y

@@ -89,3 +89,13 @@ def cat(parts: list[Share], dim: int = 0) -> Share:
     parts = [entered(part).settle() for part in parts]
     bits = max(part.bits for part in parts)
     return Share(torch.cat([part.to(bits).data for part in parts], dim), bits)
+
+
+def pad(x: Share, widths: tuple[int, ...], mode: str = "constant", value: float | None = None) -> Share:
+    """Zeros around, as torch.nn.functional.pad has them: each party's part of a zero is zero. Local.
+
+    A graph that was pickled says the mode and the value too, which are the defaults: `interpreter.unsupported` has
+    refused others.
+    """
+    x = entered(x).settle()
+    return Share(torch.nn.functional.pad(x.data, widths), x.bits)
