@@ -111,7 +111,7 @@ def measure(name: str, turns: int) -> list[dict]:
     rows = []
     for (method, variant), results in found.items():
         seconds, first = [result.seconds for result in results], results[0]
-        kinds = first.operations.groupby("kind", observed=True)["serial_bytes"].sum() / 8
+        kinds = first.operations.groupby("kind", observed=True)["bytes"].sum() / 8
         words = floors(preset(name, method))
         rows.append(
             {

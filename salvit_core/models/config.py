@@ -240,16 +240,15 @@ EFFICIENTVITS: dict[str, dict[str, Any]] = {
 def config_of(fields: dict) -> Any:
     """A configuration from its fields, such as JSON of one holds.
 
-    It is an EfficientViT's if `widths` is among them, a ViT's if `patch` is, else a CCT's.
-
-    Of a `DeiTConfig` if one of its own is among them.
+    It is an EfficientViT's if `widths` is among them, a ViT's if `patch` is (a DeiT's with a field of its own), else a
+    CCT's.
 
     Raises:
         ValueError: unknown field or value.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"fields are {shown(fields)}: give a dict, such as JSON of a configuration holds")
-    made: type[Checked] = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
+    made: Any = EfficientViTConfig if "widths" in fields else ViTConfig if "patch" in fields else CCTConfig
     if made is ViTConfig and {"qkv_bias", "norm_eps"} & set(fields):
         made = DeiTConfig
     known = {field.name for field in dataclasses.fields(made)}

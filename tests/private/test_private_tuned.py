@@ -128,14 +128,18 @@ GELU = 27.9  # its protocol's range
     batch=st.integers(0, 2), n=st.integers(1, 5), k=st.integers(1, 1100), m=st.integers(1, 5),
     bits=st.integers(2, 64) | st.just(64), limb=st.integers(0, 32), seed=st.integers(0, 2**32),
 )  # fmt: skip
-def test_product_is_that_of_the_ring(batch, n, k, m, bits, limb, seed):
+@pytest.mark.parametrize("native", [True, False])
+def test_product_is_that_of_the_ring(native, batch, n, k, m, bits, limb, seed):
+    """Whether torch multiplies int64 or float64."""
     left = whole((*[2] * batch, n, k), seed=seed)
     right = whole((*[2] * batch, k, m), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, seed + 1)
     if limb:  # all limbs of this width at the end of their range: sums are largest
         left = left * 0 + ring.signed(sum(-(2 ** (limb - 1)) << i for i in range(0, 64, limb)))
         right = left.flatten()[0] if bits == 64 else torch.tensor(-(2 ** (bits - 1)))
         right = right.expand(*[2] * batch, k, m)
-    assert torch.equal(ring.product(left, right, bits), left @ right)
+    with mock.patch.object(ring, "NATIVE", native):
+        assert torch.equal(ring.product(left, right, bits), left @ right)
+        assert torch.equal(ring.product(left, ring.Factor(right, bits)), left @ right)
 
 
 @arithmetic
@@ -146,9 +150,11 @@ def test_product_is_that_of_the_ring(batch, n, k, m, bits, limb, seed):
 def test_convolution_is_a_product_of_windows(side, more, kernel, stride, padding, seed):
     assume(side + 2 * padding[0] >= kernel[0] and side + more + 2 * padding[1] >= kernel[1])
     images, weight = whole((2, 3, side, side + more), -99, 99, seed), whole((4, 3, *kernel), -99, 99, seed + 1)
-    found = ring.apply(("conv", kernel, stride, padding), images, weight, 8)
     exact = nn.functional.conv2d(images.double(), weight.double(), stride=stride, padding=padding)
-    assert torch.equal(found, exact.flatten(2).transpose(1, 2).long())
+    for native in (True, False):
+        with mock.patch.object(ring, "NATIVE", native):
+            found = ring.apply(("conv", kernel, stride, padding), images, weight, 8)
+        assert torch.equal(found, exact.flatten(2).transpose(1, 2).long())
 
 
 @arithmetic

@@ -27,7 +27,7 @@ class ReLULinear(MergedAttention):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=False))
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias))
         self.features = of_kind("normaliser", nn.ReLU())
         self.scores = of_kind("scores", MatMul())
         self.sum = of_kind("normaliser", TokenSum())

@@ -1,13 +1,20 @@
 """Exact arithmetic on int64 mod 2^64: matrix products, and the linear operations whose weight the server knows.
 
-A float64 holds integers up to 2^53, so both sides of a product are cut into limbs small enough that a whole sum of
-products of limbs stays below. Without wide vector units torch multiplies int64 matrices some forty times slower.
-Shapes are those of the clear operation.
+A processor with AVX-512 multiplies int64, so that torch's own products are the fastest. Without it they are some forty
+times slower, and a product is one of float64: that holds integers up to 2^53, so both sides are cut into limbs small
+enough that a whole sum of products of limbs stays below. The result is the same, and parties may differ. Shapes are
+those of the clear operation.
 """
 
 import torch
 
 WIDTH, TERMS = 22, 256  # bits of a limb; terms of a sum that stays exact
+NATIVE = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _native(x: torch.Tensor) -> bool:
+    """Whether torch multiplies matrices of int64 where a tensor is, and fast; of shapes alone nothing is multiplied."""
+    return x.device.type == "meta" or NATIVE and x.device.type == "cpu"
 
 
 def signed(value: int) -> int:
@@ -79,7 +86,7 @@ def _limbs(x: torch.Tensor, width: int, count: int) -> list[torch.Tensor]:
 
 
 class Factor:
-    """The right side of matrix products mod 2^64, cut into limbs once.
+    """The right side of matrix products mod 2^64, cut into limbs once where limbs are multiplied.
 
     Args:
         right: (..., K, M), int64.
@@ -88,6 +95,8 @@ class Factor:
 
     def __init__(self, right: torch.Tensor, bits: int = 64):
         self.right, self.bits = right, bits
+        if _native(right):
+            return
         self.parts = right.split(TERMS, -2)
         if bits > 64 - WIDTH:
             self.limbs = [_limbs(part, WIDTH, 3) for part in self.parts]
@@ -97,14 +106,14 @@ class Factor:
 
 
 def product(left: torch.Tensor, right: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
-    """Matrix product of int64 mod 2^64, by products of float64 that are exact.
+    """Matrix product of int64 mod 2^64, exact whichever way it is made.
 
     Args:
         left: (..., N, K).
         right: (..., K, M), or the factor made of it.
         bits: |right| is below 2^(bits - 1), where it is a tensor.
     """
-    if left.device.type == "meta":
+    if _native(left):
         return left @ (right.right if isinstance(right, Factor) else right)
     right = right if isinstance(right, Factor) else Factor(right, bits)
     total = None
