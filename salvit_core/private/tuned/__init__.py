@@ -32,8 +32,10 @@ Each gate says what it realises, as its `Functionality`: Inputs and Output, of t
 Opened, and to whom; what the Simulator needs to make a party's messages; and its Failure. Every word that is opened is
 under a mask that covers nothing else and that whoever reads the word does not know, so that a simulator draws it
 uniformly and needs no secret. The functionality takes the corrupted party's share of the output to be what these words
-make it, and gives the other party the rest. So gates compose, one after the other (Canetti, 2000), and of a network
-nothing is opened but its `answer`, to the client, and W - B for each weight W, once per session or reserve.
+make it, and gives the other party the rest. So gates compose, one after the other (Canetti, 2000); side by side too, as
+a word under a fresh mask is uniform whatever else is known, and what shares a message was fixed before any value was.
+Of a network nothing is opened but its `answer`, to the client, and W - B for each weight W, once per session or
+reserve.
 
 Rounding. What loses t bits, truncated locally or exactly, becomes floor(y / 2^t), or one more with the probability of
 what is cut off: right on average. The coin is in the words that the parties hold or open, not drawn apart, which no
