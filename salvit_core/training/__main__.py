@@ -72,6 +72,11 @@ def run(command: Command) -> None:
     finally:
         if distributed:
             dist.destroy_process_group()
+    if distributed:
+        # torch may still hold a group that was destroyed, and its threads now and then abort an interpreter that ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _train(command: Command) -> None:

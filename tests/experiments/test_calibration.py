@@ -100,13 +100,19 @@ def test_the_command_says_which_numbers_are_exact_and_which_modelled(monkeypatch
         (["--row", "SA nothing"], "method 'SA nothing' is unknown"),
         (["--protocol", "fast"], "protocol 'fast' is unknown: choose from stock, tuned"),
         (["--provider", "HE"], "provider 'HE' is unknown"),
-        (["--batch", "0"], "each at least 1"),
     ],
 )
 def test_bad_input_gets_one_line(words, message):
     with pytest.raises(SystemExit) as ended:
         cli.main(["estimate", "--preset", "cct_4_3x1", *words])
     assert message in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_a_batch_of_none_gets_one_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["estimate", "--preset", "cct_4_3x1", "--batch", "0"])
+    said = capsys.readouterr().err
+    assert "batch is 0: give 1 or more" in said and said.count("\n") == 1
 
 
 @pytest.mark.processes

@@ -128,7 +128,7 @@ def test_it_is_for_one_thing(tmp_path):
         (["--fill=3", "--shape=1,1,8,8"], "--fill needs --reserve"),
         (["--fill=0", "--reserve=r"], "'0': expected a number of queries"),
         (["--reserve=r", "--provider=TFP"], "a reserve is filled by a dealer: give --provider TTP"),
-        (["--reserve=r", "--protocol=stock"], "stock deals as it goes: give --protocol tuned"),
+        (["--reserve=r", "--protocol=stock"], "--reserve r: stock deals as it goes, give --protocol tuned"),
         (["--ahead", "--protocol=stock"], "protocol 'stock' deals as it goes: choose tuned to deal ahead"),
         (["--reserve=r", "--fill=2"], "the client needs --shape"),
         (["--reserve=r", "--fill=2", "--shape=1,1,8"], "'1,1,8': expected B,C,H,W"),
