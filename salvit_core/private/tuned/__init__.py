@@ -48,8 +48,8 @@ gate that they lack, in those that have it.
 
 For CCT-7/3x1 with SAL-ViT B=3 the gates' numbers add up to 3.3e-4 per inference, over 7.0 million numbers; by the
 values themselves it is 5.5e-5, a third of it L2Q's. It is four times as much with every bit more. These are of random
-weights. A trained CCT-7/3x1 once lost 3 of 512 answers: three quarters of its 1e-3 by the values was L2Q's squares,
-which have been truncated exactly since.
+weights; of a trained CCT-7/3x1 it is 1.4e-4. Another lost 3 of 512 answers: three quarters of its 1e-3 were L2Q's
+squares, which have been truncated exactly since.
 """
 
 from .protocol import PROTOCOL
