@@ -75,6 +75,8 @@ class Result(Costs):
             half in bytes, whole here); offline_seconds, the dealer's part of seconds; offline_bytes, what a dealer
             of its own sends, or would send; server_seconds, by the server's clock: what it computes when the client has
             already sent its part is there, and on the client's clock in the next row.
+            With "tuned" operations that need nothing of each other share messages: the round, the serial_bytes and the
+            wait are then the first one's, the bytes each one's own.
         seconds: wall time from sharing the images to the logits, the making of correlated randomness included; sharing
             the weights and starting the processes is not in it. The sum over all queries.
         rounds: exchanges or one-way messages between the parties.

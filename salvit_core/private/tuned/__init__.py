@@ -14,7 +14,7 @@ What differs from stock, and where it comes from:
 - Inverses of matrices are iterations at 24 fractional bits whose products all end in an exact truncation; a matrix that
   is in several products is opened masked once.
 - Sums are normalised after the product with the values; max-pooling is separable and comes before its ReLU;
-  LayerNorm's scale and shift move into the linear maps that alone read it.
+  LayerNorm's scale and shift move into the linear maps that read it.
 - Scales are bookkeeping: each share knows its fractional bits, so that powers of two cost nothing.
 - Openings that need nothing of each other travel together (`arithmetic.schedule`): of CCT-7/3x1 with SAL-ViT B=3 that
   makes 247 rounds of 276.
