@@ -142,7 +142,7 @@ def run(command: Command) -> None:
     """Do it."""
     found = calibrate(again=command.again)
     for name, seconds in vars(found).items():
-        print(f"{name.replace('_', ' '):14}{seconds:.3g} s")
+        print(f"{name.replace('_', ' '):16}{seconds:.3g} s")
     if command.check:
         table = check(found)
         print(table.round(2).to_string())
