@@ -1,4 +1,4 @@
-# make study | check | test | lab | bench | bench-peers | evidence | lock | clean-runs. Each sets the environment up first; a second call installs nothing.
+# make study | check | test | docs | lab | bench | bench-peers | evidence | lock | clean-runs. Each sets the environment up first; a second call installs nothing.
 PYTHON  ?= python3
 PROFILE ?= quick
 # The campaign has another default.
@@ -8,7 +8,7 @@ FLAGS   ?=
 CORES   ?= 2
 BIN     := .venv/bin
 
-.PHONY: study check test lab bench bench-peers evidence lock clean-runs
+.PHONY: study check test docs lab bench bench-peers evidence lock clean-runs
 .DELETE_ON_ERROR:
 
 # The stamp is newer than both files exactly when the environment holds what they ask for. A torch that is there already, such as
@@ -36,6 +36,15 @@ test: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(CORES) -m "not slow"
+
+# The book, from the project's own records: nothing is measured, and the figures of figures/ stay as they are.
+BOOK := build/book
+docs: .venv/installed
+	rm -rf $(BOOK) && mkdir -p $(BOOK) && ln -s ../../data $(BOOK)/data
+	SALVIT_ROOT=$(BOOK) $(BIN)/salvit study --records reference --notebooks notebooks
+	cp -r docs $(BOOK)/pages && mv $(BOOK)/figures/executed $(BOOK)/pages/notebooks && mv $(BOOK)/figures $(BOOK)/pages/
+	SALVIT_ROOT=. $(BIN)/python -m sphinx -W --keep-going -q -b html $(BOOK)/pages $(BOOK)/site
+	@echo "the book is $(BOOK)/site/index.html"
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(FLAGS)

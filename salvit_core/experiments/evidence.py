@@ -45,6 +45,9 @@ EA: dict[str, dict[str, Any]] = {
     )
 }
 
+# What is read off a search, and what the paper calls it.
+RULES = {"top": "SAS-L", "bottom": "SAS-L-WC", "random": "random"}
+
 
 def assignments(config: TransformerConfig) -> list[TransformerConfig]:
     """A network with every assignment of self- and external attention to its layers, 2^L of them."""
@@ -63,25 +66,30 @@ def truth(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> list[Trai
     ]
 
 
-def rows(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[Run]:
-    """The papers' rows: plain networks, searches at each budget, distilled ones; several seeds, seed by seed."""
+def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[tuple[str, Run]]:
+    """The papers' rows with the names that tables have: plain networks, searches at each budget, distilled ones.
+
+    Seed by seed, so that a first value of each is there early.
+    """
     for seed in range(seeds):
-        for changes in (*SA.values(), *EA.values()):
-            yield size.training(data, size.config(data, **changes), seed=seed)
+        for label, changes in (*SA.items(), *EA.items()):
+            yield label, size.training(data, size.config(data, **changes), seed=seed)
         config = size.config(data, "SA L2Q")
         budgets = range(1, config.layers)
-        for budget, rule in itertools.product(budgets, ("top", "bottom", "random")):
-            yield size.search(data, config, budget, seed, rule=rule)
+        for budget, (rule, label) in itertools.product(budgets, RULES.items()):
+            yield f"{label} B={budget}", size.search(data, config, budget, seed, rule=rule)
         for budget in budgets:
-            yield size.search(data, config, budget * config.heads, seed, granularity="head")
+            yield f"SAS-H B={budget}", size.search(data, config, budget * config.heads, seed, granularity="head")
         middle = budgets[len(budgets) // 2]
-        for normalizer in ("softmax", "2quad", "2relu"):
-            yield size.search(data, size.config(data, normalizer=normalizer), middle, seed)
-        yield size.search(data, config, middle, seed, weight=0.0)
-        yield size.search(data, config, middle, seed, released=True)
+        for label, normalizer in (("softmax", "softmax"), ("2Quad", "2quad"), ("2ReLU", "2relu")):
+            search = size.search(data, size.config(data, normalizer=normalizer), middle, seed)
+            yield f"SAS-L B={middle}, {label}", search
+        yield f"SAS-L B={middle}, no L1", size.search(data, config, middle, seed, weight=0.0)
+        yield f"SAS-L B={middle}, released", size.search(data, config, middle, seed, released=True)
         teacher = size.training(data, size.config(data, "SA softmax"), seed=seed)
-        for part in ("distill_logits", "distill_features"):
-            yield size.training(data, config, seed=seed, teacher=teacher, **{part: 1.0})
+        for part in ("logits", "features"):
+            weight = {f"distill_{part}": 1.0}
+            yield f"SA L2Q, {part} distilled", size.training(data, config, seed=seed, teacher=teacher, **weight)
 
 
 def first(size: Profile) -> Iterator[Run]:
@@ -104,7 +112,7 @@ def campaign(name: str = "reference") -> list[Run]:
         name: of the profile whose sizes it has.
     """
     size = profile(name)
-    every: list[Run] = [*(first(size) if name == "short" else ()), *truth(size), *rows(size)]
+    every: list[Run] = [*(first(size) if name == "short" else ()), *truth(size), *(run for _, run in named(size))]
     main = [
         dict(normalizer="softmax"),
         dict(normalizer="2quad"),

@@ -1,7 +1,7 @@
 """The Trio-ViT accelerator as arithmetic: cycles, utilisation and images per second of a network, layer by layer.
 
 Two arrays of multipliers (arXiv 2405.03882). In a lane of the first, products meet in an adder tree; a lane of the
-second can be had so too, or with an accumulator behind each multiplier. Each multiplier does one multiply-add a cycle.
+second can be had so too, or with an accumulator behind each multiplier. Each multiplier does one multiply-add a cycle::
 
     point-wise, linear  input channels inside a lane, output channels across the lanes of both arrays; pixels, and the
                         taps of a kernel that is larger, one after the other
