@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..normalizers import normalizer_of
+from ..normalizers import Softmax, normalizer_of
 from ..operations import MatMul, of_kind
 from . import fused
 from .mechanism import Mechanism
@@ -36,7 +36,7 @@ class SelfAttention(Mechanism):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        if fused.applies(self, qkv):
+        if fused.applies(self, qkv, Softmax):
             return self.projection(fused.self_attention(qkv, self.normalizer, self.dropout.p).flatten(2))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
         if fused.flash(self, qkv):
