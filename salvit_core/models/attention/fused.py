@@ -34,7 +34,7 @@ Softmax in self-attention, over the keys:
     dL/da = (m o w) o (E V^T) - w o r   r = sum_D (G o out)                         dL/dQ, dL/dK as above
 
 torch's scaled_dot_product_attention has no kernel for a CPU that drops weights: with dropout, which the recipe has, it
-takes the plain steps. Without, it is what softmax trains through here, too.
+takes the plain steps, and longer than they do. Without dropout softmax trains through it (`flash`).
 
 On a GPU these loops would starve it. There softmax trains through scaled_dot_product_attention, dropout and all, and of
 every other normaliser torch.compile joins the steps between the two products (`weigh`): they are bound by memory, each
@@ -90,7 +90,11 @@ def applies(attention: nn.Module, x: torch.Tensor, *normalizers: type[nn.Module]
 
 def flash(attention: nn.Module, x: torch.Tensor) -> bool:
     """Whether a module of self-attention should train through torch's fused one on x (B, N, ...), compiled or not."""
-    return on_gpu(attention, x) and isinstance(attention.normalizer, Softmax)
+    if not (attention.training and ENABLED and isinstance(attention.normalizer, Softmax)):
+        return False
+    # In bfloat16 the plain steps are faster than torch's form for a CPU (AMX); in float32 they are slower.
+    apt = x.device.type == "cpu" and not attention.dropout.p and x.dtype != torch.bfloat16 and x.shape[1] >= TOKENS
+    return apt or on_gpu(attention, x)
 
 
 def on_gpu(attention: nn.Module, x: torch.Tensor) -> bool:
@@ -277,7 +281,8 @@ class _SoftmaxAttention(torch.autograd.Function):
                 if dropout:
                     kept.append(mask(w.shape, dropout, w.dtype))
                     _drop(w, kept[-1])
-                out[part, :, i] = (w @ value[i, part]).mul_(1 / (1 - dropout))
+                out[part, :, i] = w @ value[i, part]
+        out *= 1 / (1 - dropout)
         ctx.save_for_backward(qkv, out, *kept)
         ctx.dropout = dropout
         return out
@@ -290,22 +295,23 @@ class _SoftmaxAttention(torch.autograd.Function):
         heads, batch, tokens, head = query.shape
         kept = iter(kept)
         grad_qkv = qkv.new_empty(batch, tokens, 3, heads, head)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
+        # For all heads at once, and contiguous: head by head, strided, these took as long as the products in bfloat16.
+        away = (grad * out).sum(-1, keepdim=True).permute(2, 0, 1, 3).contiguous()  # r, (H, B, N, 1)
+        scaled = (grad * (1 / (1 - ctx.dropout))).permute(2, 0, 1, 3).contiguous()  # E, (H, B, N, D)
         for i in range(heads):
             for part in _parts(batch, tokens**2):
-                q, k, v, g = query[i, part], key[i, part], value[i, part], grad[part, :, i]  # (b, N, D)
-                r = (g * out[part, :, i]).sum(-1, keepdim=True, dtype=wide).to(g.dtype)  # (b, N, 1)
-                e = g * (1 / (1 - ctx.dropout))
+                q, k, v, e = query[i, part], key[i, part], value[i, part], scaled[i, part]  # (b, N, D)
                 w = (q @ k.mT).softmax(-1)  # (b, N, N)
-                slope = e @ v.mT  # dL/dw, where it is not dropped
+                slope = e @ v.mT
                 if ctx.dropout:
                     _drop(slope, m := next(kept))
-                slope = slope.sub_(r).mul_(w)  # dL/da
+                slope = slope.sub_(away[i, part]).mul_(w)  # dL/da
                 if ctx.dropout:
                     _drop(w, m)
                 grad_qkv[part, :, 2, i] = w.mT @ e
-                grad_qkv[part, :, 0, i] = (slope @ k).mul_(head**-0.5)
                 grad_qkv[part, :, 1, i] = slope.mT @ q
+                grad_qkv[part, :, 0, i] = slope @ k
+        grad_qkv[:, :, 0] *= head**-0.5
         return grad_qkv, None
 
 
