@@ -73,7 +73,8 @@ class Nodes:
             ) from error
         # A training has a part of a GPU wherever there is one, as those of `execute.Processes` have.
         part = 1 / execute.MOST_TOGETHER if ray.cluster_resources().get("GPU") else 0
-        self._task = ray.remote(num_cpus=1, num_gpus=part, max_retries=0)(_train)
+        options = dict(num_cpus=1, num_gpus=part, max_retries=0, scheduling_strategy="SPREAD")
+        self._task = ray.remote(**options)(_train)
 
     def submit(self, run: TrainRun | SearchRun) -> Future:
         """Give a run to the cluster; the future is done when it is on record, or when it cannot be."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from joblib.externals import loky
@@ -499,7 +499,7 @@ def _drift(run: DriftRun) -> dict:
     }
 
 
-_MEASURES: dict[type, Callable[[Any], dict]] = {
+_MEASURES: dict[type, Callable[..., dict]] = {
     TrainRun: _train,
     SearchRun: _search,
     LearnedRun: _learned,

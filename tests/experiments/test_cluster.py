@@ -44,15 +44,15 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def nodes():
-    """Two nodes that train, with one thread for each training, beside a head that does not."""
+    """Two nodes, with one thread for each training; the second may die."""
     from ray.cluster_utils import Cluster
 
-    size = dict(object_store_memory=100 * 2**20, include_dashboard=False)
-    made = Cluster(True, head_node_args=dict(num_cpus=0, _system_config=IMPATIENT, **size))
+    size = dict(num_cpus=os.cpu_count(), object_store_memory=100 * 2**20, include_dashboard=False)
+    made = Cluster(True, head_node_args=dict(_system_config=IMPATIENT, **size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", made.address)
         try:
-            yield made, [made.add_node(num_cpus=os.cpu_count(), **size) for _ in range(2)]
+            yield made, [made.head_node, made.add_node(**size)]
         finally:
             made.shutdown()
 
@@ -82,34 +82,6 @@ def untimed(record):
     kept = [[{name: fact for name, fact in facts.items() if name not in drop} for facts in each] for each in epochs]
     metrics = {name: value for name, value in record["metrics"].items() if name not in drop}
     return record["key"], record["config"], record["seed"], metrics, kept
-
-
-@pytest.mark.processes
-@pytest.mark.xdist_group("ray")
-def test_a_node_that_dies_costs_no_record(nodes, root, monkeypatch, tmp_path_factory):
-    """Teacher, pupil, and two searches of one first phase among them; what one machine makes of them is the same."""
-    pupil = dataclasses.replace(training(seed=2, distill_logits=1.0), teacher=training())
-    wanted = [pupil, training(), training(seed=1), search(1), search(2)]
-    sent, send, killed = [], cluster.Nodes._send, []
-    monkeypatch.setattr(cluster.Nodes, "_send", lambda pool, run, future: sent.append(run) or send(pool, run, future))
-
-    def kill():
-        while not (list(root.rglob("checkpoint.pt")) and any(map(workers, nodes[1]))):
-            time.sleep(0.05)
-        victim = next(node for node in nodes[1] if workers(node))
-        nodes[0].remove_node(victim, allow_graceful=False)
-        killed.append(victim)
-
-    threading.Thread(target=kill, daemon=True).start()
-    found = execute.collect(wanted, engine="ray")
-    assert killed and len(sent) > len(wanted) == len(found)  # some went out again
-    assert all(store.path(run, ending=".pt").exists() for run in wanted)
-    assert not list(root.rglob("*.unfinished")) and len(list(root.rglob("nas.pt"))) == 1
-    assert {record["commit"] for record in found.values()} == {store.commit()}
-    monkeypatch.setattr(workspace, "ROOT", tmp_path_factory.mktemp("plain"))
-    monkeypatch.setattr(execute, "MOST_TOGETHER", 1)  # in this process, which has one thread, as a node's workers have
-    for run, record in execute.collect(wanted).items():
-        assert untimed(record) == untimed(found[run])
 
 
 TRAININGS = """
@@ -158,6 +130,33 @@ def test_one_that_fails_is_said_and_does_not_end_the_others(nodes, monkeypatch):
     with pytest.raises(FloatingPointError, match="^digits cct_2_3x1 SA L2Q 3 epochs seed 0: .* epoch"):
         evidence.run(evidence.Evidence(engine="ray"))
     assert store.find(sound) and not store.find(broken)
+
+
+@pytest.mark.processes
+@pytest.mark.xdist_group("ray")
+def test_a_node_that_dies_costs_no_record(nodes, root, monkeypatch, tmp_path_factory):
+    """Teacher, pupil, and two searches of one first phase among them; what one machine makes of them is the same."""
+    pupil = dataclasses.replace(training(seed=2, distill_logits=1.0), teacher=training())
+    wanted = [pupil, training(), training(seed=1), search(1), search(2)]
+    sent, send, killed = [], cluster.Nodes._send, []
+    monkeypatch.setattr(cluster.Nodes, "_send", lambda pool, run, future: sent.append(run) or send(pool, run, future))
+
+    def kill():
+        while not (list(root.rglob("checkpoint.pt")) and all(map(workers, nodes[1]))):
+            time.sleep(0.05)
+        nodes[0].remove_node(nodes[1][1], allow_graceful=False)
+        killed.append(nodes[1][1])
+
+    threading.Thread(target=kill, daemon=True).start()
+    found = execute.collect(wanted, engine="ray")
+    assert killed and len(sent) > len(wanted) == len(found)  # some went out again
+    assert all(store.path(run, ending=".pt").exists() for run in wanted)
+    assert not list(root.rglob("*.unfinished")) and len(list(root.rglob("nas.pt"))) == 1
+    assert {record["commit"] for record in found.values()} == {store.commit()}
+    monkeypatch.setattr(workspace, "ROOT", tmp_path_factory.mktemp("plain"))
+    monkeypatch.setattr(execute, "MOST_TOGETHER", 1)  # in this process, which has one thread, as a node's workers have
+    for run, record in execute.collect(wanted).items():
+        assert untimed(record) == untimed(found[run])
 
 
 def test_without_a_cluster_it_says_how_to_begin_one(monkeypatch):
