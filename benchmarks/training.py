@@ -1,14 +1,17 @@
-"""Images per second of a training step: ours against the recipe of the released code, on one machine in one run.
+"""Images per second of a training step, and accuracy: ours against the recipe of the released code and its own loop.
 
     python benchmarks/training.py            # CCT-7/3x1, batch 64 on a CPU, 256 on a GPU
     python benchmarks/training.py --quick    # seconds: does it run at all?
 
-The recipe: images augmented one by one with PIL in 2 worker processes, float32, AdamW that decays everything, both
-attentions computed in every layer, and every step of the attention on its own. Ours is `salvit_core.training.fit` as
-the study calls it: images on the device, augmented in batches, bfloat16 where the machine multiplies faster in it, the
-fused attention, and after the search only the branches that were chosen. The images are random, of CIFAR-10's size.
+The recipe is a plain loop of PyTorch's: images augmented one by one with PIL in 2 worker processes, float32, AdamW that
+decays everything, both attentions computed in every layer, and every step of the attention on its own. Ours is
+`salvit_core.training.fit` as the study calls it: images on the device, augmented in batches, bfloat16 where the machine
+multiplies faster in it, the fused attention, and after the search only the branches that were chosen. The images are
+random, of CIFAR-10's size. Each variant is a process of its own, so that its memory is its own; the two of a row take
+turns.
 
-Each variant is a process of its own, so that its memory is its own; the two of a row take turns.
+Then the same two loops train small networks on the digits, for as many epochs with the same rates: what is faster must
+not learn less.
 """
 
 import argparse
@@ -31,12 +34,13 @@ from salvit_core import CCT, compat, datasets, preset, workspace
 from salvit_core.experiments import store
 from salvit_core.models.attention import fused
 from salvit_core.search import released, sas
-from salvit_core.training import Recipe, fit, multiplies_bf16, train
+from salvit_core.training import Recipe, evaluate, fit, learning_rate, multiplies_bf16, train
 
 ROWS = ("search phase", "fine-tuning, B = 3", "plain self-attention")
 VARIANTS = ("recipe", "ours")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 WORKERS, PREFETCH = 2, 2  # DataLoader's processes, and batches that each has ready
+SEEDS, EPOCHS = 5, 20  # of the comparison of accuracies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +69,23 @@ def config(run: Run, row: str):
 
 
 class _Images(Dataset):
-    """Random images that pass through PIL one by one."""
+    """A split's images, `count` of them, through PIL one by one."""
 
-    def __init__(self, count: int):
+    def __init__(self, split: datasets.Split, count: int):
         compat.repair()
         from torchvision import transforms
 
-        self.images = torch.randint(256, (1024, 32, 32, 3), dtype=torch.uint8).numpy()
+        self.images = split.images.permute(0, 2, 3, 1).squeeze(-1).numpy()  # (n, H, W, 3), or grey (n, H, W)
+        self.labels = split.labels.tolist()
         self.count = count
+        side = split.images.shape[-1]
         self.transform = transforms.Compose(
             [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
+                transforms.RandomCrop(side, padding=max(1, min(4, side // 8))),  # 4 at 32 pixels
+                *([transforms.RandomHorizontalFlip()] if split.flip else []),
                 transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
                 transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
+                transforms.Normalize(split.mean, split.std),
             ]
         )
 
@@ -87,42 +93,72 @@ class _Images(Dataset):
         return self.count
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index % 1024])), index % 10
+        index %= len(self.labels)
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def loader_of(split: datasets.Split, count: int, batch: int, drop_last: bool, pinned: bool) -> DataLoader:
+    """Batches of `count` images, shuffled."""
+    options = dict(num_workers=WORKERS, prefetch_factor=PREFETCH, multiprocessing_context="fork", pin_memory=pinned)
+    return DataLoader(_Images(split, count), batch, shuffle=True, drop_last=drop_last, **options)
+
+
+def loop(net: torch.nn.Module, loader, recipe: Recipe, term=None):
+    """The recipe's own loop, visible; yields the loss of every step."""
+    device = next(net.parameters()).device
+    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    for epoch in range(recipe.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, epoch)
+        net.train()
+        for images, labels in loader:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            loss = F.cross_entropy(net(images), labels, label_smoothing=recipe.label_smoothing)
+            if term is not None:
+                loss = loss + term()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss
+
+
+def frozen_mixture(config) -> torch.nn.Module:
+    """What the released code fine-tunes: both attentions in every layer, alphas of 1 and 0."""
+    net = sas.mixed(config)
+    sas.freeze(net, config.attention)
+    for block in net.blocks:
+        block.attention.alpha.requires_grad_(False)
+    return net
 
 
 def recipe(run: Run, row: str):
     """Yields images per second, turn by turn."""
     fused.ENABLED = False
     device = torch.device(run.device)
-    net = CCT(config(run, row)) if row == "plain self-attention" else sas.mixed(config(run, row))
-    if row.startswith("fine-tuning"):
-        sas.freeze(net, net.config.attention)
-        for block in net.blocks:
-            block.attention.alpha.requires_grad_(False)
+    makes = {"search phase": sas.mixed, "fine-tuning, B = 3": frozen_mixture, "plain self-attention": CCT}
+    net = makes[row](config(run, row)).to(device)
     term = released.ReleasedPenalty(net) if row == "search phase" else None
-    net.to(device).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-4, weight_decay=0.06)
     count = (run.turns + 1) * (run.steps + WORKERS * PREFETCH) * run.batch
-    options = dict(shuffle=True, num_workers=WORKERS, pin_memory=device.type == "cuda", drop_last=True)
-    loader = DataLoader(_Images(count), run.batch, multiprocessing_context="fork", **options)  # this process is spawned
-    batches = iter(loader)
+    # The loader forks its workers: this process is spawned, and has no threads yet.
+    batches = iter(loader_of(random_images(1024), count, run.batch, True, device.type == "cuda"))
+    steps = loop(net, batches, Recipe(epochs=1), term)
     while True:
         if device.type == "cuda":  # what the workers made ready before the turn is no speed; a CPU never waits for them
             for _ in range(WORKERS * PREFETCH):
                 next(batches)
         start = time.perf_counter()
         for _ in range(run.steps):
-            images, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            loss = F.cross_entropy(net(images), labels, label_smoothing=0.1)
-            if term is not None:
-                loss = loss + term()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = next(steps)
         loss.item()  # waits for the device
         speed = run.steps * run.batch / (time.perf_counter() - start)
         time.sleep(1)  # the workers fill their queues again, and do not disturb the other variant's turn
         yield speed
+
+
+def random_images(count: int, device: str = "cpu") -> datasets.Split:
+    """Of CIFAR-10's size."""
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    return datasets.Split(images.to(device), torch.randint(10, (count,)).to(device), MEAN, STD)
 
 
 # Ours
@@ -132,11 +168,7 @@ def ours(run: Run, row: str):
     """Yields images per second, turn by turn."""
     net = sas.mixed(config(run, row)) if row == "search phase" else CCT(config(run, row))
     term = sas.Penalty(net) if row == "search phase" else None
-    splits = []
-    for count in (run.steps * run.batch, 8, 8):
-        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-        labels = torch.randint(10, (count,)).to(run.device)
-        splits.append(datasets.Split(images.to(run.device), labels, MEAN, STD))
+    splits = [random_images(count, run.device) for count in (run.steps * run.batch, 8, 8)]
     images = datasets.Data("random", 10, *splits, chosen="")
     options = dict(bf16=run.bf16, channels_last=True, compile=run.compile, keep="last")
     for facts in fit(net, images, Recipe(epochs=run.turns + 1, batch=run.batch, **options), penalty=term):
@@ -212,23 +244,41 @@ def flops(run: Run, row: str) -> float:
     return counter.get_total_flops() / 2
 
 
-# Does it still learn as well?
+# Does it learn as well?
 
 
 def accuracy(seeds: int, epochs: int, bf16: bool) -> dict:
-    """Test accuracy (%) on the digits at 16 pixels, 64 tokens: plain in float32, and fused in bfloat16."""
+    """Test accuracy (%) of both loops on the digits at 16 pixels, 64 tokens, with the weights of the last epoch.
+
+    The recipe's in float32, every step on its own; ours fused, in bfloat16 where the rows above are.
+    """
     digits = datasets.load("digits", image=16)
-    recipe = Recipe(epochs=epochs, batch=64, lr=2e-3, augment="crop")
-    found = {"plain float32": [], "ours": []}
-    for seed in range(seeds):
-        for name, some in found.items():
-            fused.ENABLED = name == "ours"
-            torch.manual_seed(seed)
-            net = CCT(preset("cct_2_3x1", attention=("self", "external"), normalizer="l2q", image=16))
-            changes = dict(seed=seed, bf16=bf16 and name == "ours")
-            some.append(train(net, digits, dataclasses.replace(recipe, **changes))["test_accuracy"])
-    fused.ENABLED = True
-    return {"data": "digits, 16 pixels", "epochs": epochs, **found}
+    recipe = Recipe(epochs=epochs, batch=64, lr=2e-3, augment="autoaugment", keep="last")
+    networks = {
+        "SAL-ViT B = 1, fine-tuning": preset("cct_2_3x1", attention=("self", "external"), normalizer="l2q", image=16),
+        "plain self-attention": preset("cct_2_3x1", "SA softmax", image=16),
+    }
+    rows = []
+    for name, network in networks.items():
+        found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for seed in range(seeds):
+            for variant, some in found.items():
+                fused.ENABLED = variant == "ours"
+                torch.manual_seed(seed)
+                if variant == "ours":
+                    changed = dataclasses.replace(recipe, seed=seed, bf16=bf16)
+                    some.append(train(CCT(network), digits, changed)["test_accuracy"])
+                    continue
+                net = CCT(network) if "self-attention" in name else frozen_mixture(network)
+                loader = loader_of(digits.train, len(digits.train.labels), recipe.batch, False, False)
+                for _ in loop(net, loader, recipe):
+                    pass
+                some.append(evaluate(net, digits.test)["accuracy"])
+        fused.ENABLED = True
+        noise = sum(statistics.variance(some) / seeds for some in found.values()) ** 0.5 if seeds > 1 else None
+        means = {variant: statistics.mean(some) for variant, some in found.items()}
+        rows.append({"network": name, **found, "difference": means["ours"] - means["recipe"], "standard_error": noise})
+    return {"data": "digits, 16 pixels", "epochs": epochs, "rows": rows}
 
 
 def markdown(report: dict) -> str:
@@ -248,10 +298,17 @@ def markdown(report: dict) -> str:
         bound = f"{row['bound']:.0f} images/s" if "bound" in row else ""
         lines.append(f"| {row['row']} | {row['variant']} | {speed} | {row['speedup']:.1f} | {bound} | {memory} |")
     checked = report["accuracy"]
-    lines += ["", f"Test accuracy after {checked['epochs']} epochs ({checked['data']}), mean of seeds (range):"]
-    for name in ("plain float32", "ours"):
-        some = checked[name]
-        lines.append(f"- {name}: {statistics.mean(some):.2f} % ({min(some):.2f} to {max(some):.2f})")
+    lines += [
+        "",
+        f"Test accuracy (%) of the last of {checked['epochs']} epochs, {checked['data']}: mean of seeds (range)",
+        "",
+        "| network | recipe | ours | difference |",
+        "|---|---|---|---|",
+    ]
+    for row in checked["rows"]:
+        cells = [f"{statistics.mean(row[v]):.2f} ({min(row[v]):.2f} to {max(row[v]):.2f})" for v in VARIANTS]
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
+        lines.append(f"| {row['network']} | {' | '.join(cells)} | {row['difference']:+.2f}{error} |")
     return "\n".join(lines)
 
 
@@ -261,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny network, two rows, a single turn: a smoke test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="images in a step (default: 64 on a CPU, 256 on a GPU)")
-    parser.add_argument("--steps", type=int, help="steps in a turn (default: 2 on a CPU, 40 on a GPU)")
+    parser.add_argument("--steps", type=int, help="steps in a turn (default: 1 on a CPU, 40 on a GPU)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each variant, after one that warms up")
     parser.add_argument("--compile", action="store_true", help="torch.compile in ours")
     parser.add_argument("--out", type=Path, default=workspace.ROOT / "data/runs/benchmarks/training.json")
@@ -274,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         run = Run(options.device, "cct_2_3x1", 4, 1, 1, bf16, options.compile)
     else:
-        batch, steps = (256, 40) if cuda else (64, 2)
+        batch, steps = (256, 40) if cuda else (64, 1)
         batch, steps = options.batch or batch, options.steps or steps
         run = Run(options.device, "cct_7_3x1", batch, steps, options.turns, bf16, options.compile)
     rows = [facts for row in ROWS[: 2 if options.quick else None] for facts in measure(run, row)]
@@ -290,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "matmul_flop_per_second": rates,
         "rows": rows,
-        "accuracy": accuracy(*((1, 1) if options.quick else (3, 20)), bf16),
+        "accuracy": accuracy(*((1, 1) if options.quick else (SEEDS, EPOCHS)), bf16),
         **store.circumstances(),
     }
     store.save_report(report, markdown(report), options.out)

@@ -9,7 +9,7 @@ Letters in the shape comments: B batch, C channels, H height, W width, n images 
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +71,15 @@ class Data:
     validation: Split
     test: Split
     chosen: str  # what "auto" chose and why, one line; empty where the data set was named
+
+    def to(self, device: str | torch.device) -> "Data":
+        """The same images on a device."""
+        parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        moved = {
+            name: replace(part, images=part.images.to(device), labels=part.labels.to(device))
+            for name, part in parts.items()
+        }
+        return replace(self, **moved)
 
 
 def load(

@@ -2,6 +2,7 @@
 
     make evidence
     make evidence PROFILE=short FLAGS="--minutes 12"     # on a GPU
+    make evidence FLAGS="--engine ray"                   # on a cluster
 
 It goes on where it was, whatever stopped it, and ends with the same records. `--publish` copies what is finished to
 data/reference, where notebooks and the README read it.
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from .. import workspace
-from ..fields import Checked, CountOrNone, Range
+from ..fields import Among, Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
 from . import execute, store
 from .profiles import Profile, profile
@@ -135,6 +136,11 @@ class Evidence(Checked):
     """How many runs to do at most. Default: all."""
     minutes: Annotated[float, Range(0.0)] | None = None
     """How long at most. What runs then stops, and goes on from its last whole epoch next time. Default: to the end."""
+    engine: Annotated[str, Among(*execute.ENGINES)] | None = None
+    """Where it trains: "local", side by side on this machine, or "ray", on all nodes of a Ray cluster of which this
+    machine is one (`ray start`). A node needs the same versions of Python, Ray and torch, and no files; what it trains
+    comes back here as it goes on, so that a node that dies costs little. A node trains as many networks at a time as
+    Ray knows CPUs of it, and shares its cores out among them. Default: what SALVIT_ENGINE says, else local."""
     list: bool = False
     """Only say what is done and what is left."""
     publish: bool = False
@@ -145,8 +151,9 @@ def run(command: Evidence) -> int:
     """Do it; 0.
 
     Raises:
-        ValueError: unknown profile.
+        ValueError: unknown profile, or an engine that is not here.
     """
+    engine = execute.engine_of(command.engine)
     every = campaign(command.profile)
     done = [each for each in every if store.find(each) is not None]
     known = [each for each in every if store.find(each, "reference") is not None]
@@ -158,6 +165,6 @@ def run(command: Evidence) -> int:
         for each in done:
             workspace.write(store.path(each, "reference"), store.path(each).read_bytes())
     else:
-        found = execute.collect(left[: command.most], label="evidence", minutes=command.minutes)
+        found = execute.collect(left[: command.most], label="evidence", minutes=command.minutes, engine=engine)
         print(f"{len(found)} done, {len(left) - len(found)} left")
     return 0

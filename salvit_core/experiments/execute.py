@@ -6,6 +6,7 @@ found = collect(runs, "reference")   # the project's own records, those that exi
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from joblib.externals import loky
@@ -21,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import datasets, workspace
+from ..fields import shown
 from ..models import cost
 from ..models.config import config_of
 from ..models.vit import build
@@ -43,6 +45,7 @@ from .runs import (
 )
 
 ABSENT = "Not on record here"  # begins the line on results that are partial
+ENGINES = ("local", "ray")
 RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
@@ -66,7 +69,11 @@ class Found(dict[AnyRun, dict]):
 
 
 def collect(
-    runs: Iterable[AnyRun], source: str = "local", label: str = "runs", minutes: float | None = None
+    runs: Iterable[AnyRun],
+    source: str = "local",
+    label: str = "runs",
+    minutes: float | None = None,
+    engine: str | None = None,
 ) -> Found[AnyRun]:
     """The records of several runs; of what the source lacks, a line is printed.
 
@@ -77,19 +84,36 @@ def collect(
         label: of the progress bar.
         minutes: for trainings alone, how long at most: they stop then, and only what is on record is given. Each goes
             on from its last whole epoch when it is asked for again.
+        engine: of what is missing, where trainings are done: "local", in processes beside this one, or "ray", on the
+            nodes of a cluster (`cluster`). All else is measured in this process, one after the other: its seconds
+            would be of no use beside anything. Default: what SALVIT_ENGINE says, else "local".
 
     Raises:
-        ValueError: unknown source, or a file that is no record.
+        ValueError: unknown source or engine, one that is not here, or a file that is no record.
     """
     asked = list(dict.fromkeys(runs))
     if source == "local":
-        if not _train_together(asked, label, minutes):
+        if not _train_together(asked, label, minutes, engine_of(engine)):
             return recorded(asked)
         return Found(asked, {run: ensure(run) for run in tqdm(asked, desc=label)})
     found = recorded(asked, source)
     if found.absent:  # whatever is made of them is partial
         print(found.said())
     return found
+
+
+def engine_of(name: str | None = None) -> str:
+    """The engine that is meant; None means what SALVIT_ENGINE says, else "local".
+
+    Raises:
+        ValueError: unknown, or Ray is not installed.
+    """
+    name = os.environ.get("SALVIT_ENGINE", "local") if name is None else name
+    if name not in ENGINES:
+        raise ValueError(f"engine {shown(name)} is unknown: choose from {', '.join(ENGINES)}")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("engine 'ray' needs Ray, which is not installed: pip install 'salvit-core[ray]'")
+    return name
 
 
 def recorded(runs: Iterable[AnyRun], source: str = "local") -> Found[AnyRun]:
@@ -99,8 +123,13 @@ def recorded(runs: Iterable[AnyRun], source: str = "local") -> Found[AnyRun]:
     return Found(asked, {run: record for run, record in read.items() if record is not None})
 
 
-def ensure(run: Run, source: str = "local") -> dict:
+def ensure(run: Run, source: str = "local", data: datasets.Data | None = None) -> dict:
     """The record of one run: measured if it is not there; of the project's own records, it must be.
+
+    Args:
+        run: any kind.
+        source: as in `collect`.
+        data: the images of a training, where they are at hand; else they are read from data/.
 
     Raises:
         FileNotFoundError: a reference record that does not exist.
@@ -110,7 +139,8 @@ def ensure(run: Run, source: str = "local") -> dict:
         if (record := store.find(run, source)) is not None:
             return record
         raise FileNotFoundError(f'no {source} record {store.path(run, source)}: run with records = "local"')
-    record = store.ensure(run, _MEASURES[type(run)])
+    measure = _MEASURES[type(run)]
+    record = store.ensure(run, measure if data is None else functools.partial(measure, data=data))
     _refuse_other_weights(run, record)
     # Only now that the record is written may its checkpoint go. A search keeps its first phase: others share it.
     shutil.rmtree(_unfinished(run), ignore_errors=True)
@@ -184,12 +214,11 @@ def resolve(name: str) -> str:
 # Several trainings at a time
 
 
-def _train_together(asked: list, label: str, minutes: float | None = None) -> bool:
-    """Do the trainings that are missing, several at a time with a part of the processor's threads each.
+def _train_together(asked: list, label: str, minutes: float | None, engine: str) -> bool:
+    """Do the trainings that are missing, several at a time.
 
-    Two networks of this study's size train 1.5 times as fast side by side, a thread each, as one after the other with
-    two; on a GPU one computes while another waits for its Python. They start in the order asked for, but those that
-    wait for another: pupils for their teacher, and of the searches that share a first phase all for the first.
+    They start in the order asked for, but those that wait for another: pupils for their teacher, and of the searches
+    that share a first phase all for the first.
 
     Returns:
         whether there was time for all that is asked.
@@ -201,7 +230,7 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
     with_teachers = dict.fromkeys(one for run in trainings for one in (run.teacher, run) if one)
     missing = [run for run in with_teachers if store.find(run) is None]
     workers = min(os.cpu_count() or 1, MOST_TOGETHER, len(missing))
-    if not missing or (workers < 2 and minutes is None):
+    if not missing or (engine == "local" and workers < 2 and minutes is None):
         return True
     if minutes == 0:  # workers that end as they begin leave a traceback of loky's
         return False
@@ -214,17 +243,14 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
     unfinished, left, running = set(missing), list(missing), dict[Future, TrainRun | SearchRun]()
     failures: list[BaseException] = []
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    pool = loky.ProcessPoolExecutor(workers, env=dict.fromkeys(names, threads))
+    pool: Pool = _nodes(missing) if engine == "ray" else Processes(workers)
     try:
         with tqdm(total=len(missing), desc=label) as bar:
             while unfinished:
-                ready = [run for run in left if not waits(run)][: workers - len(running)]
+                ready = [run for run in left if not waits(run)][: pool.workers - len(running)]
                 left = [run for run in left if run not in ready]
-                running |= {pool.submit(_in_a_worker, run, workspace.ROOT, os.getpid()): run for run in ready}
-                patience = None if end is None else max(0.0, end - time.monotonic())
-                done, _ = wait(running, patience, FIRST_COMPLETED)
+                running |= {pool.submit(run): run for run in ready}
+                done = pool.wait(running, None if end is None else max(0.0, end - time.monotonic()))
                 if not done:
                     break  # what runs has a checkpoint of its last whole epoch
                 for each in done:
@@ -232,10 +258,56 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
                     failures += [error] if (error := each.exception()) else []
                     bar.update()
     finally:
-        pool.shutdown(kill_workers=True)
+        pool.close()
     if failures:
         raise failures[0]
     return not unfinished
+
+
+class Pool(Protocol):
+    """Where trainings are done."""
+
+    workers: int  # how many it takes at a time
+
+    def submit(self, run: TrainRun | SearchRun) -> Future:
+        """Begin one; the future is done when it is on record, or has what stopped it."""
+
+    def wait(self, running: Iterable[Future], patience: float | None) -> set[Future]:
+        """Those that are done, as soon as one is; none once the patience, in seconds, is at its end."""
+
+    def close(self) -> None:
+        """End what still runs."""
+
+
+class Processes:
+    """Processes beside this one, with a part of the processor's threads each.
+
+    Two networks of this study's size train 1.5 times as fast side by side, a thread each, as one after the other with
+    two; on a GPU one computes while another waits for its Python.
+    """
+
+    def __init__(self, workers: int):
+        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        self.workers, self._pool = workers, loky.ProcessPoolExecutor(workers, env=dict.fromkeys(names, threads))
+
+    def submit(self, run: TrainRun | SearchRun) -> Future:
+        """As in `Pool`."""
+        return self._pool.submit(_in_a_worker, run, workspace.ROOT, os.getpid())
+
+    def wait(self, running: Iterable[Future], patience: float | None) -> set[Future]:
+        """As in `Pool`."""
+        return wait(running, patience, FIRST_COMPLETED)[0]
+
+    def close(self) -> None:
+        """As in `Pool`."""
+        self._pool.shutdown(kill_workers=True)
+
+
+def _nodes(runs: list[TrainRun | SearchRun]) -> Pool:
+    from .cluster import Nodes  # Ray, which few have
+
+    return Nodes(runs)
 
 
 def _in_a_worker(run: Run, root: Path, parent: int) -> None:
@@ -264,6 +336,17 @@ def _unfinished(run: Run) -> Path:
     return store.path(run, ending=".unfinished")
 
 
+def checkpoint(run: TrainRun | SearchRun) -> Path:
+    """The file that a training goes on from; of a search its first phase, which others may have made."""
+    if isinstance(run, SearchRun):
+        return _phases(run) / "nas.pt"
+    return _unfinished(run) / "checkpoint.pt"
+
+
+def _phases(run: SearchRun) -> Path:
+    return store.path(run.first_phase(), ending=".phases")
+
+
 def _save_weights(run: TrainRun | SearchRun, model: nn.Module) -> dict:
     """Write them beside the record; what the record says of them."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
@@ -285,12 +368,12 @@ def _metrics(result: dict) -> dict:
     return {**kept, "threads": torch.get_num_threads()}
 
 
-def _train(run: TrainRun) -> dict:
+def _train(run: TrainRun, data: datasets.Data | None = None) -> dict:
     teacher = _teacher(run)
     torch.manual_seed(run.seed)
     model = build(run.network)
-    checkpoint = _unfinished(run) / "checkpoint.pt"
-    result = train(model, dataset(run.data, run.images), run.recipe, teacher, checkpoint=checkpoint)
+    data = data or dataset(run.data, run.images)
+    result = train(model, data, run.recipe, teacher, checkpoint=checkpoint(run))
     return _metrics(result) | _save_weights(run, model)
 
 
@@ -301,10 +384,9 @@ _SEARCHES: dict[type, Callable] = {
 }
 
 
-def _search(run: SearchRun) -> dict:
-    folder = store.path(run.first_phase(), ending=".phases")
+def _search(run: SearchRun, data: datasets.Data | None = None) -> dict:
     search = _SEARCHES[type(run.search)]
-    found = search(run.search, dataset(run.data, run.images), _teacher(run), folder)
+    found = search(run.search, data or dataset(run.data, run.images), _teacher(run), _phases(run))
     found |= _save_weights(run, found.pop("network"))
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
@@ -417,7 +499,7 @@ def _drift(run: DriftRun) -> dict:
     }
 
 
-_MEASURES: dict[type, Callable[[Any], dict]] = {
+_MEASURES: dict[type, Callable[..., dict]] = {
     TrainRun: _train,
     SearchRun: _search,
     LearnedRun: _learned,

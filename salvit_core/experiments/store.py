@@ -129,9 +129,7 @@ def ensure(run: Run, measure: Callable[[Any], dict]) -> dict:
     if (record := find(run)) is not None:
         return record
     file = path(run)
-    lock = folder() / ".locks" / f"{run.study}-{name(run)}"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with _alone(run):
         if (record := find(run)) is not None:
             return record
         workspace.try_out(file)
@@ -155,6 +153,33 @@ def ensure(run: Run, measure: Callable[[Any], dict]) -> dict:
         workspace.write_json(file, record)
     # Read back, so that a run gives the same whether it was just measured or found.
     return _read(file, run)
+
+
+def keep(run: Run, record: dict, beside: dict[str, bytes]) -> None:
+    """Put on record what was measured elsewhere; where there is a record by now, that stays.
+
+    Args:
+        run: what was measured.
+        record: as `ensure` makes it, on the machine that measured.
+        beside: what else it left, by its name in the folder of all studies; written first.
+
+    Raises:
+        ValueError: it is no record of this run.
+        OSError: it cannot be written.
+    """
+    with _alone(run):
+        if find(run) is None:
+            for file, content in beside.items():
+                workspace.write(folder() / file, content)
+            workspace.write_json(path(run), record)
+    find(run)
+
+
+def _alone(run: Run) -> FileLock:
+    """What a process holds while it makes the record of a run."""
+    lock = folder() / ".locks" / f"{run.study}-{name(run)}"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock)
 
 
 def load(study: str, source: str = "local") -> list[dict]:

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -26,7 +27,7 @@ from .. import workspace
 from ..fields import shown
 from ..training.recipe import Recipe
 from . import store
-from .execute import ABSENT
+from .execute import ABSENT, engine_of
 from .profiles import profile as profile_of
 
 
@@ -174,6 +175,19 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _trains_with(engine: str) -> Iterator[None]:
+    """What kernels read in their environment, which is this process's."""
+    before = os.environ.get("SALVIT_ENGINE")
+    os.environ["SALVIT_ENGINE"] = engine
+    try:
+        yield
+    finally:
+        os.environ.pop("SALVIT_ENGINE")
+        if before is not None:
+            os.environ["SALVIT_ENGINE"] = before
+
+
 @dataclass(frozen=True)
 class Study:
     """Run the notebooks headless; what they measured before is read, not measured again."""
@@ -186,6 +200,11 @@ class Study:
     """Notebooks to run, by the beginnings of their names: 00,01. Default: all."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=VALUE: a parameter of the notebooks, such as seed=1; may be given several times."""
+    engine: str | None = None
+    """Where networks are trained: "local", side by side on this machine, or "ray", on all nodes of a Ray cluster of
+    which this machine is one (`salvit evidence --help` says more). Nothing else is sent out: what is timed, private
+    inference above all, is measured on this machine, one after the other, while no training of this study runs.
+    Default: what SALVIT_ENGINE says, else local."""
     timeout: float | None = None
     """Seconds that a cell may run. Default: 2 hours with smoke and quick, else 7 days."""
     notebooks: Path | None = None
@@ -196,7 +215,7 @@ def run(command: Study) -> int:
     """Run the study; returns the number of notebooks that failed.
 
     Raises:
-        ValueError: an unknown profile, source of records, notebook or parameter; nothing has run then.
+        ValueError: an unknown profile, source of records, engine, notebook or parameter; nothing has run then.
     """
     values = {"profile": command.profile, **parameters(list(command.set))}
     if command.records != "local":
@@ -205,6 +224,7 @@ def run(command: Study) -> int:
     store.folder(source)  # refuses an unknown one
     values["profile"] = values["profile"] or ("quick" if source == "local" else "reference")
     profile_of(values["profile"])
+    engine = engine_of(command.engine)
     if command.timeout is not None and not 0 < command.timeout < math.inf:
         raise ValueError(f"timeout is {command.timeout}: give a positive number of seconds")
     paths = notebooks(command.only, command.notebooks or workspace.ROOT / "notebooks")
@@ -216,7 +236,7 @@ def run(command: Study) -> int:
     for path in paths:
         workspace.try_out(output / path.name)
     warnings.filterwarnings("ignore", module="papermill")
-    with _stoppable():
+    with _stoppable(), _trains_with(engine):
         outcomes = [execute(path, values, output, timeout) for path in paths]
 
     width = max(len(outcome.name) for outcome in outcomes)

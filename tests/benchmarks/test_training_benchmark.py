@@ -25,3 +25,10 @@ def test_benchmark_runs_and_writes_its_report(tmp_path):
     assert all(row["images_per_second"] > 0 and row["process_mib"] > 0 for row in report["rows"])
     assert {"machine", "versions", "commit", "date"} <= report.keys()
     assert "| search phase | ours |" in done.stdout
+    assert [row["network"] for row in report["accuracy"]["rows"]] == [
+        "SAL-ViT B = 1, fine-tuning",
+        "plain self-attention",
+    ]
+    for row in report["accuracy"]["rows"]:  # an epoch teaches either loop little, but something
+        assert row["difference"] == row["ours"][0] - row["recipe"][0]
+        assert min(row["ours"] + row["recipe"]) > 5

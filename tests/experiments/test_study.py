@@ -27,6 +27,7 @@ def notebook(folder, name, *cells):
     [
         (["--set", "profile=huge"], "profile 'huge' is unknown"),
         (["--set", "records=refrence"], "records 'refrence' are unknown: choose from local, reference"),
+        (["--engine", "dask"], "engine 'dask' is unknown: choose from local, ray"),
         (["--profile", "huge"], "profile 'huge' is unknown: choose from smoke, quick, reference, short, paper"),
         (["--only", "77"], "no notebook begins with '77': there are 00_start_here, 01_attention_latency"),
         (["--set", "depth=3"], "00_start_here has no parameter depth: it has profile, records, seed"),
@@ -40,6 +41,15 @@ def test_refused_before_anything_runs(capsys, monkeypatch, arguments, message):
     with pytest.raises(SystemExit) as ended:
         cli.main(["study", *arguments])
     assert message in str(ended.value.code) and str(ended.value.code).startswith("error: ")
+
+
+@pytest.mark.parametrize("command", ["study", "evidence"])
+def test_an_engine_that_is_not_installed_is_one_line(monkeypatch, command):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--engine", "ray"])
+    wanted = "error: engine 'ray' needs Ray, which is not installed: pip install 'salvit-core[ray]'"
+    assert ended.value.code == wanted
 
 
 def test_values_are_typed():

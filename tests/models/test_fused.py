@@ -27,7 +27,8 @@ def module(name, dropout=0.0, dtype=torch.double, **options):
     """An attention in training, no two of its parameters alike, and its tokens."""
     torch.manual_seed(0)
     learnt = {f"l2q_{option}": value for option, value in options.items()}
-    sizes = Sizes(M, H, N, "l2q", dropout, S, **learnt)
+    name, normalizer = (name.removesuffix(" softmax"), "softmax") if name.endswith(" softmax") else (name, "l2q")
+    sizes = Sizes(M, H, N, normalizer, dropout, S, **learnt)
     made = {
         "self": lambda: SelfAttention(sizes),
         "self heads": lambda: SelfHeads(sizes, H),
@@ -41,6 +42,7 @@ def module(name, dropout=0.0, dtype=torch.double, **options):
 
 
 FUSED = ("self", "self heads", "external", "external heads")
+SOFTMAX = ("self softmax", "self heads softmax")
 
 
 def gradients(net, x, values, seed=3):
@@ -66,6 +68,18 @@ def test_values_and_gradients_are_the_plain_forms(name, granularity, learn_c, le
     torch.testing.assert_close(gradients(net, x, ours), gradients(net, x, theirs), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_softmaxs_values_and_gradients_are_the_plain_forms(name, monkeypatch):
+    net, x = module(name)
+    with torch.no_grad():
+        x *= 3  # scores far from each other
+    ours, theirs = net(x), plain(net, x, monkeypatch)
+    wanted = {"self softmax": "ScaledDotProductFlash", "self heads softmax": "_SoftmaxAttentionBackward"}[name]
+    assert fused_node(ours).startswith(wanted) and fused_node(theirs) is None
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients(net, x, ours), gradients(net, x, theirs), rtol=1e-10, atol=1e-11)
+
+
 def fused_node(values):
     """The fused function in the graph of `values`, or None."""
     seen, rest = set(), [values.grad_fn]
@@ -73,14 +87,14 @@ def fused_node(values):
         node = rest.pop()
         if node is None or node in seen:
             continue
-        if node.name() in ("_SelfAttentionBackward", "_ExternalAttentionBackward"):
+        if node.name().startswith(("_SelfAtt", "_SoftmaxAtt", "_ExternalAtt", "ScaledDotProduct")):
             return node.name()
         seen.add(node)
         rest += [before for before, _ in node.next_functions]
     return None
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FUSED + SOFTMAX)
 def test_gradcheck(name):
     net, x = module(name)
     names, parameters = zip(*net.named_parameters())
@@ -91,7 +105,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(values, (x, *parameters), atol=1e-6, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FUSED + SOFTMAX)
 def test_dropout_is_the_plain_forms_with_the_same_mask(name, monkeypatch):
     net, x = module(name, dropout=0.25)
     masks, draw = [], fused.mask
@@ -164,7 +178,7 @@ def test_dropout_follows_the_global_seed_and_the_switch(monkeypatch):
     assert torch.equal(drawn(drop), drawn(nn.Dropout(0.5)))
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FUSED + SOFTMAX)
 def test_dropout_follows_the_global_seed(name):
     net, x = module(name, dropout=0.5)
     torch.manual_seed(1)
@@ -175,7 +189,7 @@ def test_dropout_follows_the_global_seed(name):
     assert not torch.equal(again, first)
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FUSED + SOFTMAX)
 def test_bfloat16_is_as_near_to_float64_as_the_plain_form(name, monkeypatch):
     net, x = module(name)
     exact = plain(net, x, monkeypatch)
@@ -207,12 +221,18 @@ def test_it_stays_out_of_evaluation_other_normalisers_and_short_rows(monkeypatch
     assert fused_node(net.eval()(x)) is None
     monkeypatch.setattr(fused, "TOKENS", N + 1)
     assert fused_node(net.train()(x)) is None
+    for name in SOFTMAX:
+        other, tokens = module(name)
+        assert fused_node(other(tokens)) is None
     monkeypatch.setattr(fused, "TOKENS", 1)
     net.dropout.p = 1.0  # 1 / (1 - p)
     assert net(x).isfinite().all()
-    for normalizer in ("softmax", "2quad"):
+    for normalizer in ("2relu", "2quad"):
         model = CCT(preset("cct_2_3x1", normalizer=normalizer)).train()
         assert fused_node(model(torch.randn(2, 1, 8, 8))) is None
+    model = CCT(preset("cct_2_3x1", normalizer="softmax")).train()
+    assert fused_node(model(torch.randn(2, 1, 8, 8))) == "_SoftmaxAttentionBackward"
+    assert fused_node(model.eval()(torch.randn(2, 1, 8, 8))) is None
 
 
 def test_the_graph_of_a_network_in_training_is_the_plain_one():

@@ -1,8 +1,8 @@
-"""Attention while training on a CPU: L2Q in pieces that stay in cache, and dropout that draws several weights at once.
+"""Attention while training on a CPU: in pieces that stay in cache, with dropout that draws several weights at once.
 
-Autograd writes every step from the scores to the weights to memory, in float32 because c and d are, and reads them all
-back. The two L2Q functions here keep little more than the dropout's mask, compute the scores again on the way back, and
-work in the type of their input: bfloat16 under autocast, c and d rounded to it like any weight there.
+Autograd writes every step from the scores to the weights to memory, in float32 because softmax is and c and d are, and
+reads them all back. The three functions here keep little more than the dropout's mask, compute the scores again on the
+way back, and work in the type of their input: bfloat16 under autocast, c and d rounded to it like any weight there.
 
 "o" multiplies entry by entry, everything else is a matrix product; m is 0 where a weight is dropped (probability p),
 else 1; G = dL/dout; "sum" without a subscript runs over images, and over heads where they share the parameter.
@@ -26,9 +26,19 @@ External attention, normalised over the tokens (rows) first and over the slots (
     dL/dt = 2 t o (dL/dw - sum_tokens (w o dL/dw)) / z
     dL/dc, dL/dd, dL/da as above        dL/dQ = dL/da K                             dL/dK = sum (dL/da)^T Q
 
-On a GPU these loops would starve it. There softmax trains through torch's scaled_dot_product_attention, and of every
-other normaliser torch.compile joins the steps between the two products (`weigh`): they are bound by memory, each alone
-would write and read the scores of all heads in float32.
+Softmax in self-attention, over the keys:
+
+    a = Q K^T / sqrt(D)    w = softmax(a)    out = ((m o w) V) / (1 - p)
+
+    dL/dV = (m o w)^T E                 E = G / (1 - p)
+    dL/da = (m o w) o (E V^T) - w o r   r = sum_D (G o out)                         dL/dQ, dL/dK as above
+
+torch's scaled_dot_product_attention has no kernel for a CPU that drops weights: with dropout, which the recipe has, it
+takes the plain steps, and longer than they do. Without dropout softmax trains through it (`flash`).
+
+On a GPU these loops would starve it. There softmax trains through scaled_dot_product_attention, dropout and all, and of
+every other normaliser torch.compile joins the steps between the two products (`weigh`): they are bound by memory, each
+alone would write and read the scores of all heads in float32.
 
 Letters in the shape comments: B batch, b images of a piece, N tokens, H heads, D dimension of a head, S memory slots.
 """
@@ -58,12 +68,18 @@ TOKENS = 32
 _INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def applies(attention: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a module of self- or external attention should call this file's function on x (B, N, ...)."""
+def applies(attention: nn.Module, x: torch.Tensor, *normalizers: type[nn.Module]) -> bool:
+    """Whether a module of self- or external attention should call this file's function on x (B, N, ...).
+
+    Args:
+        attention: the module.
+        x: its queries, or all of queries, keys and values.
+        normalizers: what the function can have besides L2Q.
+    """
     return (
         attention.training  # first: while a graph is traced, in evaluation mode, x is no tensor
         and ENABLED
-        and isinstance(attention.normalizer, L2Q)
+        and isinstance(attention.normalizer, (L2Q, *normalizers))
         and x.device.type == "cpu"
         and x.dtype in _INTEGER
         and x.shape[1] >= TOKENS
@@ -74,7 +90,11 @@ def applies(attention: nn.Module, x: torch.Tensor) -> bool:
 
 def flash(attention: nn.Module, x: torch.Tensor) -> bool:
     """Whether a module of self-attention should train through torch's fused one on x (B, N, ...), compiled or not."""
-    return on_gpu(attention, x) and isinstance(attention.normalizer, Softmax)
+    if not (attention.training and ENABLED and isinstance(attention.normalizer, Softmax)):
+        return False
+    # In bfloat16 the plain steps are faster than torch's form for a CPU (AMX); in float32 they are slower.
+    apt = x.device.type == "cpu" and not attention.dropout.p and x.dtype != torch.bfloat16 and x.shape[1] >= TOKENS
+    return apt or on_gpu(attention, x)
 
 
 def on_gpu(attention: nn.Module, x: torch.Tensor) -> bool:
@@ -106,17 +126,19 @@ def _compiled() -> Callable[..., torch.Tensor]:
     return torch.compile(weigh, dynamic=False)
 
 
-def self_attention(qkv: torch.Tensor, normalizer: L2Q, dropout: float) -> torch.Tensor:
-    """L2Q(Q K^T / sqrt(D)) V, weights dropped in between.
+def self_attention(qkv: torch.Tensor, normalizer: L2Q | Softmax, dropout: float) -> torch.Tensor:
+    """L2Q(Q K^T / sqrt(D)) V, or with softmax in L2Q's place, weights dropped in between.
 
     Args:
         qkv: queries, keys and values, (B, N, 3, H, D).
-        normalizer: over the keys; holds c and d, tensors or numbers, and eps.
+        normalizer: over the keys; an L2Q holds c and d, tensors or numbers, and eps.
         dropout: probability of dropping a weight, to 16 bits; torch's global generator draws.
 
     Returns:
         values (B, N, H, D).
     """
+    if isinstance(normalizer, Softmax):
+        return _SoftmaxAttention.apply(qkv, dropout)
     return _SelfAttention.apply(qkv, *_parameters(normalizer), normalizer.eps, dropout)
 
 
@@ -240,6 +262,57 @@ class _SelfAttention(torch.autograd.Function):
                 grad_qkv[part, :, 0, i] = slope @ k
                 grad_qkv[part, :, 1, i] = slope.mT @ q
         return grad_qkv, _as(grad_c, c, 2), _as(grad_d, d, 2 * head**-0.5), None, None
+
+
+class _SoftmaxAttention(torch.autograd.Function):
+    """The module's equations, the queries divided by sqrt(D) beforehand."""
+
+    @staticmethod
+    def forward(ctx, qkv, dropout):
+        batch, tokens, _, heads, head = qkv.shape
+        qkv = qkv.permute(2, 3, 0, 1, 4).contiguous()  # 3 x (H, B, N, D)
+        qkv[0] *= head**-0.5
+        query, key, value = qkv
+        out = qkv.new_empty(batch, tokens, heads, head)
+        kept = []  # m
+        for i in range(heads):
+            for part in _parts(batch, tokens**2):
+                w = (query[i, part] @ key[i, part].mT).softmax(-1)  # (b, N, N)
+                if dropout:
+                    kept.append(mask(w.shape, dropout, w.dtype))
+                    _drop(w, kept[-1])
+                out[part, :, i] = w @ value[i, part]
+        out *= 1 / (1 - dropout)
+        ctx.save_for_backward(qkv, out, *kept)
+        ctx.dropout = dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, out, *kept = ctx.saved_tensors
+        query, key, value = qkv  # 3 x (H, B, N, D)
+        heads, batch, tokens, head = query.shape
+        kept = iter(kept)
+        grad_qkv = qkv.new_empty(batch, tokens, 3, heads, head)
+        # For all heads at once, and contiguous: head by head, strided, these took as long as the products in bfloat16.
+        away = (grad * out).sum(-1, keepdim=True).permute(2, 0, 1, 3).contiguous()  # r, (H, B, N, 1)
+        scaled = (grad * (1 / (1 - ctx.dropout))).permute(2, 0, 1, 3).contiguous()  # E, (H, B, N, D)
+        for i in range(heads):
+            for part in _parts(batch, tokens**2):
+                q, k, v, e = query[i, part], key[i, part], value[i, part], scaled[i, part]  # (b, N, D)
+                w = (q @ k.mT).softmax(-1)  # (b, N, N)
+                slope = e @ v.mT
+                if ctx.dropout:
+                    _drop(slope, m := next(kept))
+                slope = slope.sub_(away[i, part]).mul_(w)  # dL/da
+                if ctx.dropout:
+                    _drop(w, m)
+                grad_qkv[part, :, 2, i] = w.mT @ e
+                grad_qkv[part, :, 1, i] = slope.mT @ q
+                grad_qkv[part, :, 0, i] = slope @ k
+        grad_qkv[:, :, 0] *= head**-0.5
+        return grad_qkv, None
 
 
 class _ExternalAttention(torch.autograd.Function):

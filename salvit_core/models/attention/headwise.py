@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..normalizers import normalizer_of
+from ..normalizers import Softmax, normalizer_of
 from ..operations import MatMul, of_kind
 from . import fused
 from .external import second
@@ -42,7 +42,7 @@ class SelfHeads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> heads (B, h, N, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, h, D)
-        if fused.applies(self, qkv):
+        if fused.applies(self, qkv, Softmax):
             return self.projection(fused.self_attention(qkv, self.normalizer, self.dropout.p)).transpose(1, 2)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, h, N, D)
         scores = self.scores(query, key.transpose(-2, -1)) * self.head**-0.5  # (B, h, N, N)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..normalizers import normalizer_of
+from ..normalizers import Softmax, normalizer_of
 from ..operations import MatMul, of_kind
 from . import fused
 from .mechanism import Mechanism
@@ -36,10 +36,11 @@ class SelfAttention(Mechanism):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, H, D)
-        if fused.applies(self, qkv):
+        flash = fused.flash(self, qkv)
+        if not flash and fused.applies(self, qkv, Softmax):
             return self.projection(fused.self_attention(qkv, self.normalizer, self.dropout.p).flatten(2))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        if fused.flash(self, qkv):
+        if flash:
             values = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout.p)  # (B, H, N, D)
             return self.projection(values.transpose(1, 2).flatten(2))
         scores = self.scores(query, key.transpose(-2, -1)) * self.head**-0.5  # (B, H, N, N)
