@@ -86,6 +86,7 @@ def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[
             search = size.search(data, size.config(data, normalizer=normalizer), middle, seed)
             yield f"SAS-L B={middle}, {label}", search
         yield f"SAS-L B={middle}, no L1", size.search(data, config, middle, seed, weight=0.0)
+        yield f"SAS-L B={middle}, folded", size.search(data, config, middle, seed, folded=True)
         yield f"SAS-L B={middle}, released", size.search(data, config, middle, seed, released=True)
         teacher = size.training(data, size.config(data, "SA softmax"), seed=seed)
         for part in ("logits", "features"):

@@ -107,7 +107,7 @@ class SearchRun(Checked):
         """What searches that differ in budget, rule or fine-tuning have in common: they share their first phase."""
         same = dataclasses.replace(self.search, budget=0, finetune=self.search.first)
         if isinstance(same, Search):
-            same = dataclasses.replace(same, rule="top")
+            same = dataclasses.replace(same, rule="top", folded=False)
         return dataclasses.replace(self, search=same, teacher=None)
 
     def label(self) -> str:
@@ -118,6 +118,7 @@ class SearchRun(Checked):
             kind = ("released " if isinstance(search, ReleasedSearch) else "") + f"sas-{search.granularity[0]}"
             rule = f" {search.rule if isinstance(search.rule, str) else 'given'}"
             rule += "" if search.weight == Search.weight else f" lambda {search.weight:g}"
+            rule += " folded" if search.folded else ""
         epochs = f"{search.first.epochs} and {search.finetune.epochs} epochs"
         taught = " distilled" if self.teacher else ""
         return (

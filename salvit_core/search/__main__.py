@@ -53,6 +53,8 @@ class Command(Checked):
     """Which ones: "top" alpha, "bottom" (the paper's worst case), or "random"."""
     weight: Weight = 0.1
     """lambda of Eq. 5, the weight of sum |alpha| in the loss."""
+    folded: bool = False
+    """Self-attention keeps the scale that it had in the mixture when it is extracted; not the paper's."""
     released: bool = False
     """Search as the published code does where it parts from the paper."""
     search_epochs: Count = 600
@@ -80,9 +82,10 @@ def run(command: Command) -> Path:
     recipe = command.recipe
     first = dataclasses.replace(recipe, epochs=command.search_epochs)
     kind = ReleasedSearch if command.released else Search
-    search = kind(config, first, recipe, recipe.seed, command.budget, command.granularity, command.rule, command.weight)
+    asked = command.budget, command.granularity, command.rule, command.weight, command.folded
+    search = kind(config, first, recipe, recipe.seed, *asked)
     name = f"{command.preset}-{command.method}-{data.name}-{'released-' * command.released}{command.granularity}"
-    name += f"-{command.budget}-{command.rule}-{recipe.seed}"
+    name += f"-{command.budget}-{command.rule}{'-folded' * command.folded}-{recipe.seed}"
     out = command.out or workspace.ROOT / "data" / "runs" / "searches" / name.replace(" ", "-")
     for file in ("nas.pt", "weights.pt", "result.json"):
         workspace.try_out(out / file)

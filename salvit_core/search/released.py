@@ -19,6 +19,8 @@ class ReleasedSearch(Search):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.folded:
+            raise ValueError("folded is True: as released, alphas are 1 and 0 before fine-tuning")
         for name in ("first", "finetune"):
             object.__setattr__(self, name, replace(getattr(self, name), decay_all=True))
 

@@ -70,9 +70,14 @@ class Search(Phases):
     granularity: Annotated[str, Among(*GRANULARITIES)] = "layer"  # "layer" (SAS-L) or "head" (SAS-H)
     rule: str | tuple = "top"  # as in `select`
     weight: Weight = 0.1  # lambda of Eq. 5
+    folded: bool = False  # as in `extract`
 
     def __post_init__(self):
         super().__post_init__()
+        if self.folded and self.granularity != "layer":
+            raise ValueError(
+                f"folded is True with granularity {self.granularity!r}: only whole layers keep their alpha"
+            )
         if not isinstance(self.rule, str):
             object.__setattr__(self, "rule", tuple(tuple(e) if isinstance(e, list) else e for e in self.rule))
         shape = (self.network.layers, self.network.heads)[: 1 if self.granularity == "layer" else 2]
@@ -104,7 +109,7 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
     net = MixedCCT(run.network, run.granularity)
     history = first_phase(net, run, data, Penalty(net, run.weight), teacher, folder)
     chosen = select(net.alphas(), run.budget, run.rule, run.seed)
-    model = extract(net, chosen)
+    model = extract(net, chosen, run.folded)
     tuned = second_phase(model, net, chosen, run, data, teacher, folder)
     return found(net, chosen, history, tuned, model)
 
@@ -260,19 +265,25 @@ def freeze(net: MixedCCT, chosen: Architecture) -> None:
             alpha.copy_(net.ones(names).view_as(alpha))
 
 
-def extract(net: MixedCCT, chosen: Architecture) -> CCT:
+def extract(net: MixedCCT, chosen: Architecture, folded: bool = False) -> CCT:
     """A plain network that holds and runs only the chosen branches, with their searched weights.
 
-    It computes what the mixture computes with its alphas frozen to 1 and 0.
+    It computes what the mixture computes with its alphas frozen to 1 and 0 (Algorithm 1, line 7). The L1 term makes
+    alphas small while self-attention's weights grow to make up for it, so that alpha = 1 makes it louder than the
+    network was trained with. Folded, self-attention keeps the scale that it had: a departure from the paper, good where
+    an alpha is small and not zero.
 
     Args:
         net: the searched network; it is not changed.
         chosen: a name per layer, or per head, such as `select` returns.
+        folded: whether self-attention's output projection takes up its alpha; of layers alone.
 
     Raises:
-        ValueError: an architecture of another shape than the network's.
+        ValueError: an architecture of another shape than the network's, or heads to be folded.
     """
     chosen = _checked(net, chosen)
+    if folded and not all(isinstance(names, str) for names in chosen):
+        raise ValueError("folded is True for heads: only whole layers keep their alpha")
     model = CCT(replace(net.config, attention=chosen))
     searched, state = net.state_dict(), {}
     for name in model.state_dict():
@@ -287,6 +298,12 @@ def extract(net: MixedCCT, chosen: Architecture) -> CCT:
             held = [head for head, kind in enumerate(names) if after.startswith(kind)]
             state[name] = _heads_of(searched[name], after, held, len(names))
     model.load_state_dict(state)
+    if folded:
+        with torch.no_grad():
+            for block, mixed, name in zip(model.blocks, net.blocks, chosen, strict=True):
+                if name == "self":
+                    for parameter in block.attention.projection.parameters():
+                        parameter.mul_(mixed.attention.alpha.cpu())
     return model.to(next(net.parameters()).device).train(net.training)
 
 

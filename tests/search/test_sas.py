@@ -118,6 +118,37 @@ def test_extraction_computes_what_the_frozen_mixture_computes(granularity, chang
             torch.testing.assert_close(model(images), net(images), rtol=1e-5, atol=1e-5)
 
 
+def test_folded_self_attention_is_as_loud_as_it_was():
+    net = stirred(supernet(layers=3))
+    with torch.no_grad():
+        for block, alpha in zip(net.blocks, (0.03, -0.4, 0.2)):
+            block.attention.alpha.fill_(alpha)
+    chosen, images = ("self", "external", "self"), torch.randn(5, 1, 8, 8)
+    model = sas.extract(net, chosen, folded=True)
+    for block, name in zip(net.blocks, chosen):
+        attention = block.attention
+        branch, scale = (attention.self_attention, attention.alpha.item()) if name == "self" else (None, 0)
+        block.attention = attention.external_attention if branch is None else Scaled(branch, scale)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), net(images), rtol=1e-5, atol=1e-5)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, branch, scale):
+        super().__init__()
+        self.branch, self.scale = branch, scale
+
+    def forward(self, x):
+        return self.scale * self.branch(x)
+
+
+def test_heads_are_not_folded():
+    with pytest.raises(ValueError, match="folded is True with granularity 'head'"):
+        sas.Search(preset("cct_2_3x1"), RECIPE, RECIPE, granularity="head", folded=True)
+    with pytest.raises(ValueError, match="folded is True for heads"):
+        sas.extract(supernet("head"), (("self", "self"), ("external", "self")), folded=True)
+
+
 def test_extraction_holds_and_runs_only_the_chosen_branches():
     net = supernet("head")
     model = sas.extract(net, (("self", "self"), ("external", "self")))
