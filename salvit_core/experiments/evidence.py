@@ -9,16 +9,18 @@ data/reference, where notebooks and the README read it.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
+
+import pandas as pd
 
 from .. import workspace
 from ..fields import Among, Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
 from . import execute, store
 from .profiles import Profile, profile
-from .runs import Run, TrainRun
+from .runs import Run, SearchRun, TrainRun
 
 # How good is what a search picks? All assignments of SA and EA to the layers, each trained from scratch.
 TRUTH = dict(images=15_000, epochs=12)
@@ -65,6 +67,54 @@ def truth(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> list[Trai
         for seed in range(seeds)
         for each in assignments(config)
     ]
+
+
+def truth_table(profile_name: str = "reference", data: str = "cifar10", source: str = "reference") -> pd.DataFrame:
+    """Test accuracy of every assignment of self- (S) and external attention (E) to the layers, trained from scratch.
+
+    Returns:
+        Indexed by assignment, layer 1 first: B, n, mean, low and high (%), rank among those with as many S, 1 the best.
+    """
+    runs = truth(profile(profile_name), data)
+    rows = [
+        (letters(run.network.attention), record["metrics"]["test_accuracy"])
+        for run, record in execute.recorded(runs, source).items()
+    ]
+    groups = pd.DataFrame(rows, columns=["assignment", "accuracy"]).groupby("assignment")["accuracy"]
+    table = groups.agg(n="count", mean="mean", low="min", high="max")
+    table.insert(0, "B", [name.count("S") for name in table.index])
+    table["rank"] = table.groupby("B")["mean"].rank(ascending=False).astype(int)
+    return table.sort_values(["B", "rank"])
+
+
+def letters(attention: Iterable[str]) -> str:
+    """First letters, of the first layer first: "SE" is self-attention, then external attention."""
+    return "".join(name[0].upper() for name in attention)
+
+
+def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cifar10") -> pd.DataFrame:
+    """What each search by layers on record chose, held against `truth_table`.
+
+    Returns:
+        Indexed by the search's name and seed: B, chosen, rank, of (how many assignments have this budget), regret (%,
+            the best mean less that of the chosen one), of a random choice (the mean regret), worst (the largest), and
+            tau, Kendall's rank correlation of the sum of an assignment's alphas with its accuracy, over all.
+    """
+    rows = []
+    for name, run in named(profile(profile_name), data):
+        if not isinstance(run, SearchRun) or run.search.granularity != "layer":
+            continue
+        for record in execute.recorded([run], "reference").values():
+            chosen = letters(record["metrics"]["architecture"])
+            rivals = table[table["B"] == chosen.count("S")]["mean"]
+            alphas = record["metrics"]["alphas"]
+            score = [sum(a for a, kind in zip(alphas, each) if kind == "S") for each in table.index]
+            tau = pd.Series(score, table.index).corr(table["mean"], method="kendall")
+            regret = rivals.max() - rivals
+            row = dict(search=name, seed=run.seed, B=chosen.count("S"), chosen=chosen)
+            row |= {"rank": table["rank"].get(chosen), "of": len(rivals), "regret": regret.get(chosen)}
+            rows.append(row | {"random": regret.mean(), "worst": regret.max(), "tau": tau})
+    return pd.DataFrame(rows).set_index(["search", "seed"])
 
 
 def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[tuple[str, Run]]:
