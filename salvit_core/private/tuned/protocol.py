@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from ...compat import without_compiler
+from ...compat import Shapes, without_compiler
 from ...models.activations import LearnedQuad, Quad, TanhGELU
 from ...models.attention.fused import Dropout
 from ...models.blocks import StochasticDepth
 from ...models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from ...models.operations import (
+    LSTM,
+    BlockLinear,
     Divide,
     Exponential,
     Gain,
     HeadLinear,
+    LinearScan,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -63,6 +66,7 @@ from .gates.exponential import exponential, exponential_domain
 from .gates.inverse import newton_inverse, newton_inverse_domain, pseudo_inverse, pseudo_inverse_domain
 from .gates.layernorm import layer_norm, layer_norm_domain
 from .gates.linear import conv2d, gain, head_linear, linear, token_conv
+from .gates.lstm import block_linear, lstm, lstm_domain, scan
 from .gates.maximum import max_pool2d, max_pool2d_domain, relu, relu_domain
 from .gates.move import cat, identity, layout, moved, pad, reweight, segment_means
 from .gates.normalise import (
@@ -93,6 +97,9 @@ MODULES: dict[type, Callable] = {
     HeadLinear: head_linear,
     TokenConv: token_conv,
     Gain: gain,
+    BlockLinear: block_linear,
+    LSTM: lstm,
+    LinearScan: scan,
     Take: moved,
     TokenSum: moved,
     SegmentMeans: segment_means,
@@ -166,6 +173,7 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
     L1: l1_domain,
     Divide: divide_domain,
     Exponential: exponential_domain,
+    LSTM: lstm_domain,
     NewtonInverse: newton_inverse_domain,
     PseudoInverse: pseudo_inverse_domain,
 }
@@ -262,10 +270,11 @@ class Tuned(Protocol):
 
     def record(self, network, shape: tuple, reveal: str) -> None:
         """Run a query on shapes alone: what it needs of the dealer, and sends, comes to be on the session's tape."""
-        logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
-        self.note(len(session.tape.calls))
-        self.reveal = reveal
-        session.send(answer(logits, reveal).data)
+        with Shapes():
+            logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
+            self.note(len(session.tape.calls))
+            self.reveal = reveal
+            session.send(answer(logits, reveal).data)
 
     @contextlib.contextmanager
     def schedule(self, charge: Callable[[int], None]) -> Iterator[Schedule | None]:
