@@ -1059,7 +1059,7 @@ DOMAINS = {
     "2quad": (TwoQuad(), rows(4, 16, 1, 50), rows(4, 16, 600, 700)),
     "2quad of nothing": (TwoQuad(), rows(4, 16, 1, 50), torch.full((1, 16), -5.0)),
     "2relu": (TwoReLU(), rows(4, 16, 1, 50) - 0.5, torch.tensor([[0.0, 70.0, 3.0]])),
-    "l2q": (L2Q(), rows(8, 16, 0.1, 8, normal=True)[None], rows(4, 16, 100, 200)[None]),
+    "l2q": (L2Q(), rows(8, 16, 0.1, 8, normal=True)[None], rows(4, 16, 200, 400)[None]),
     "l2q of nothing": (L2Q(), rows(8, 16, 0.1, 8, normal=True)[None], torch.full((1, 1, 16), -1.0)),
     "l1": (L1(), rows(4, 16, 0.1, 4), rows(1, 16, 30, 30)),
     "l1 of nothing": (L1(), rows(4, 16, 0.1, 4), torch.zeros(1, 16)),
