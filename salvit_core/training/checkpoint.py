@@ -130,6 +130,8 @@ def resume(
     found = content["identity"]
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
+    # What a checkpoint was written without, it was trained without.
+    found = {field.name: field.default for field in dataclasses.fields(Recipe)} | found
     for name in {**found, **identity}:
         if found.get(name) != identity.get(name):
             raise ValueError(
