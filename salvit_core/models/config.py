@@ -178,7 +178,8 @@ class DeiTConfig(ViTConfig):
 
     def ignored(self) -> set[str]:
         """As `TransformerConfig`, and the biases where nothing makes queries, keys or values."""
-        return super().ignored() | ({"qkv_bias"} if set(self.attention) == {"hamburger"} else set())
+        queried = any(not isinstance(name, str) or ATTENTION[name].queried for name in self.attention)
+        return super().ignored() | (set() if queried else {"qkv_bias"})
 
 
 DEIT: dict[str, Any] = dict(

@@ -14,8 +14,9 @@ Letters: B batch, H heads, N tokens, D dimension of a head, m landmarks.
 
 import functools
 import math
+import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,7 @@ KINDS = (
     "pooling",
     "head",
     "convolution",
+    "recurrence",
 )
 
 
@@ -501,6 +503,207 @@ class Repeat(Operation):
     def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
         """By size."""
         return 0
+
+
+class BlockLinear(Operation):
+    """A block-diagonal linear map: features cut into blocks, y_b = W_b x_b + c_b.
+
+    Its weight is flat, one block's matrix (outputs, inputs) after the other, since blocks may differ in size;
+    `matrices` has them apart.
+
+    Args:
+        inputs: features of each block before; a block may have none.
+        outputs: features of each block after.
+
+    Raises:
+        ValueError: no block, a negative size, or not as many inputs as outputs.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int]):
+        super().__init__()
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        if not self.inputs or len(self.inputs) != len(self.outputs) or min(*self.inputs, *self.outputs) < 0:
+            sizes = f"blocks of {self.inputs} inputs and {self.outputs} outputs"
+            raise ValueError(f"{sizes}: give as many of both, none below 0")
+        self.alike = len(set(self.inputs)) == len(set(self.outputs)) == 1 and 0 not in (*self.inputs, *self.outputs)
+        # Of two axes, as what decays in training.
+        self.weight = nn.Parameter(torch.empty(1, sum(map(operator.mul, self.inputs, self.outputs))))
+        self.bias = nn.Parameter(torch.zeros(sum(self.outputs)))
+        for matrix in self.matrices():
+            nn.init.uniform_(matrix.detach(), -(max(1, matrix.shape[1]) ** -0.5), max(1, matrix.shape[1]) ** -0.5)
+
+    def matrices(self) -> list[torch.Tensor]:
+        """W_b (outputs, inputs) of every block: views of the weight."""
+        return views(self.weight, zip(self.outputs, self.inputs, strict=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., sum of inputs) -> (..., sum of outputs)."""
+        if self.alike:
+            weight = self.weight.view(-1, self.outputs[0], self.inputs[0])  # (blocks, outputs, inputs)
+            rows = x.reshape(-1, len(weight), self.inputs[0]).transpose(0, 1)  # (blocks, rows, inputs)
+            made = torch.bmm(rows, weight.mT).transpose(0, 1)
+            return made.reshape(*x.shape[:-1], -1) + self.bias
+        parts = zip(x.split(self.inputs, -1), self.matrices(), strict=True)
+        return torch.cat([part @ matrix.mT for part, matrix in parts], -1) + self.bias
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"inputs={self.inputs}, outputs={self.outputs}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By block."""
+        return 2 * self.weight.numel() * inputs[0].shape[:-1].numel()
+
+
+class LSTM(Operation):
+    """The recurrence of LSTMs side by side: what a step reads of the input, z_t, comes from a map outside.
+
+    Of one cell, U and b its own (Hochreiter and Schmidhuber, 1997, with forget gates):
+
+        (i, f, g, o) = z_t + U h_(t-1) + b    c_t = s(f) c_(t-1) + s(i) tanh(g)    h_t = s(o) tanh(c_t)
+
+    s the logistic function, h and c zero before the first step. Each head has two cells, one that goes through the
+    tokens from the first, one from the last. The weight is flat, U (4 k, k) of one cell after the other, head by head,
+    the forward cell first: `matrices`. Gates are in the order of torch.nn.LSTM, so are a head's two cells.
+
+    Args:
+        hidden: for every head the hidden sizes k of its forward and its backward cell; either may be zero.
+
+    Raises:
+        ValueError: no head, or a negative size.
+    """
+
+    def __init__(self, hidden: Sequence[tuple[int, int]]):
+        super().__init__()
+        self.hidden = tuple((int(forward), int(backward)) for forward, backward in hidden)
+        self.cells = tuple(size for pair in self.hidden for size in pair)  # k of every cell
+        if not self.cells or min(self.cells) < 0:
+            raise ValueError(f"hidden sizes {self.hidden}: give two for every head, none below 0")
+        self.weight = nn.Parameter(torch.empty(1, sum(4 * k * k for k in self.cells)))
+        self.bias = nn.Parameter(torch.zeros(4 * sum(self.cells)))
+        for matrix in self.matrices():
+            nn.init.uniform_(matrix.detach(), -(max(1, matrix.shape[1]) ** -0.5), max(1, matrix.shape[1]) ** -0.5)
+
+    def matrices(self) -> list[torch.Tensor]:
+        """U (4 k, k) of every cell: views of the weight."""
+        return views(self.weight, ((4 * k, k) for k in self.cells))
+
+    def biases(self) -> tuple[torch.Tensor, ...]:
+        """The bias (4 k) of every cell: views."""
+        return self.bias.split([4 * k for k in self.cells])
+
+    # Cells side by side, all as large as the largest, K. Only numbers moved about and zeros, as shares have them,
+    # too. What is added to a smaller cell stays zero: tanh(0) enters it, and nothing of it enters the others.
+
+    def steps(self, z: torch.Tensor) -> torch.Tensor:
+        """What the steps read (..., N, sum of 4 k) -> (C, N, B, 4 K), the backward cells' last token first."""
+        features = _places(self.cells)[0].to(z.device)
+        return self._turned(nn.functional.pad(z.flatten(0, -3), (0, 1))[..., features].permute(2, 1, 0, 3))
+
+    def factors(self, weight: torch.Tensor) -> torch.Tensor:
+        """The flat weight as U^T of every cell, (C, K, 4 K)."""
+        return nn.functional.pad(weight[0], (0, 1))[_places(self.cells)[1].to(weight.device)].mT
+
+    def tokens(self, made: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Hidden states (C, N, B, K) -> (..., N, sum of k), `shape` being that of "..."."""
+        taken = _places(self.cells)[2].to(made.device)
+        return self._turned(made).permute(2, 1, 0, 3).flatten(2)[..., taken].unflatten(0, tuple(shape))
+
+    @staticmethod
+    def _turned(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[0::2], x[1::2].flip(1)], 1).flatten(0, 1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """What the steps read (..., N, sum of 4 k) -> hidden states (..., N, sum of k), in the order of the cells."""
+        if not sum(self.cells):
+            return z
+        rows, weight = self.steps(z + self.bias), self.factors(self.weight)
+        weight = weight.to(rows.dtype)
+        h = c = rows.new_zeros(*rows[:, 0].shape[:2], weight.shape[1])  # (C, B, K)
+        made = []
+        for t in range(rows.shape[1]):
+            i, f, g, o = torch.baddbmm(rows[:, t], h, weight).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            made.append(h)
+        return self.tokens(torch.stack(made, 1), z.shape[:-2])
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"hidden={self.hidden}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """The products by U, and by size five curves, three products and a sum for every hidden unit."""
+        return 2 * self.weight.numel() * inputs[0].shape[:-1].numel() + 9 * result.numel()
+
+
+def views(flat: torch.Tensor, shapes: Iterable[tuple[int, int]]) -> list[torch.Tensor]:
+    """A flat weight as the matrices that lie in it one after the other."""
+    shapes = list(shapes)
+    parts = flat.reshape(-1).split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _places(cells: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where `LSTM` finds what its padded cells hold, a zero being past the end; and the results among them.
+
+    Args:
+        cells: hidden size k of every cell.
+
+    Returns:
+        indices of features (C, 4 K), of the flat weight (C, 4 K, K), and of results (sum of k) among C K.
+    """
+    size, device = max(cells), "cpu"
+    features = torch.full((len(cells), 4, size), 4 * sum(cells), device=device)
+    places = torch.full((len(cells), 4, size, size), sum(4 * k * k for k in cells), device=device)
+    taken, first, start = [], 0, 0
+    for cell, k in enumerate(cells):
+        features[cell, :, :k] = torch.arange(4 * k, device=device).view(4, k) + first
+        places[cell, :, :k, :k] = torch.arange(4 * k * k, device=device).view(4, k, k) + start
+        taken += [cell * size + unit for unit in range(k)]
+        first, start = first + 4 * k, start + 4 * k * k
+    return features.flatten(1), places.flatten(1, 2), torch.tensor(taken, dtype=torch.int64, device=device)
+
+
+class LinearScan(Operation):
+    """The recurrence h_t = f_t h_(t-1) + i_t, entry by entry, h zero before the first step.
+
+    As f and i do not depend on h, all steps are found in log2 N (Hillis and Steele, 1986; Blelloch, 1990): whoever
+    holds the sum over the last s steps and the product of their f has those over 2 s from the neighbour s before.
+
+    Args:
+        forward: how many of the features go through the tokens from the first.
+        backward: how many, after these, from the last.
+    """
+
+    def __init__(self, forward: int, backward: int):
+        super().__init__()
+        self.sizes = forward, backward
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., N, K), of which the backward features' tokens are in the other order."""
+        forward, backward = x.split(self.sizes, -1)
+        return torch.cat([forward, backward.flip(-2)], -1)
+
+    def forward(self, f: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        """Factors and what is added, each (..., N, K) -> h (..., N, K)."""
+        f, h, tokens = self.turned(f), self.turned(i), i.shape[-2]
+        distance = 1
+        while distance < tokens:
+            h = h + f * nn.functional.pad(h[..., :-distance, :], (0, 0, distance, 0))
+            f = f * nn.functional.pad(f[..., :-distance, :], (0, 0, distance, 0))
+            distance *= 2
+        return self.turned(h)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"sizes={self.sizes}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size: a product and a sum a step."""
+        return 2 * result.numel()
 
 
 def unit_values(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -46,7 +46,10 @@ def test_flops_refusals():
 
 
 class On(nn.Module):
-    """One operation on the images themselves, (1, H, N, D), with a second operand of the same or of one column."""
+    """One operation on the images themselves, (1, H, N, D), with a second operand of the same or of one column.
+
+    Or on four columns of them alone: "gates".
+    """
 
     def __init__(self, operation, second=None):
         super().__init__()
@@ -54,6 +57,7 @@ class On(nn.Module):
         self.second = second
 
     def forward(self, x):
+        x = x[..., :4] if self.second == "gates" else x
         y = {"same": x, "column": x[..., :1]}.get(self.second)
         return self.blocks[0](x) if y is None else self.blocks[0](x, y)
 
@@ -76,6 +80,9 @@ COUNTED = {
     "Sum": (operations.Sum((-2, -1)), None, H * N * D, 0),
     "Resample": (operations.Resample([[0.5, 0.5] * 3], [[1.0] * D]), None, H * N * D, 2 * H * D * (N + 1)),
     "Repeat": (operations.Repeat((1, H, N, D)), None, 0, 0),
+    "BlockLinear": (operations.BlockLinear((2, 4), (3, 0)), None, 2 * 6 * H * N, 2 * 6 * H * N),
+    "LSTM": (operations.LSTM([(1, 0)]), "gates", 2 * 4 * H * N + 9 * H * N, 2 * 4 * 2 * H * N),
+    "LinearScan": (operations.LinearScan(4, 2), "same", 2 * H * N * D, 0),
     "PseudoInverse": (operations.PseudoInverse(4), None, 0, 4 * 4 * 2 * H * N**3),
 }
 

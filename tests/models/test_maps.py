@@ -52,7 +52,7 @@ def test_every_mechanism_has_maps(name, attention):
     n, heads = model.config.tokens, model.config.heads
     found = maps.weights(model, images())
     columns = model.config.memory if attention == "external" else n
-    heads = 1 if attention == "hamburger" else heads  # it has none
+    heads = 1 if attention in ("hamburger", "lstm", "parallel_scan") else heads  # they have none
     assert [tuple(layer.shape) for layer in found] == [(3, heads, n, columns)] * 2
     rolled = maps.rollout(model, images())
     assert rolled.shape == (3, n, n) and (rolled >= 0).all()

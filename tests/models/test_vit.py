@@ -252,5 +252,5 @@ def test_biases_of_queries_keys_and_values(name):
     """Where a mechanism makes them; and without the option not a weight is another."""
     plain, biased = (network(attention=name, qkv_bias=bias).state_dict() for bias in (False, True))
     more = set(biased) - set(plain)
-    assert set(plain) <= set(biased) and bool(more) == (name != "hamburger")
+    assert set(plain) <= set(biased) and bool(more) == ATTENTION[name].queried
     assert all(key.rsplit(".", 2)[-2] in ("qkv", "query", "key", "value") for key in more)

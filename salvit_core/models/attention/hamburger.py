@@ -67,6 +67,7 @@ class Hamburger(Mechanism):
     name = "hamburger"
     rows = {"Hamburger": {}}
     sized = True
+    queried = False
 
     def __init__(self, config: "TransformerConfig", steps: int = 6, temperature: float = 1.0):
         super().__init__(config)

@@ -22,6 +22,7 @@ class Mechanism(nn.Module):
         name: what a configuration calls it.
         rows: its rows in tables, label to what else the row changes in a configuration, such as the normaliser.
         sized: whether a set of `config.memory` slots, landmarks or features stands for the tokens.
+        queried: whether it makes queries, keys or values, which `config.qkv_bias` gives biases.
         kind: of the local work in its forward; see `operations.KINDS`.
 
     Args of the constructor:
@@ -31,6 +32,7 @@ class Mechanism(nn.Module):
     name: ClassVar[str]
     rows: ClassVar[dict[str, dict[str, Any]]] = {}
     sized: ClassVar[bool] = False
+    queried: ClassVar[bool] = True
     kind = "scores"
 
     def __init_subclass__(cls, **options):

@@ -1,0 +1,262 @@
+"""What stands in attention's place without attending: recurrent layers (FAR, arXiv 2505.21535), and a token mixer.
+
+FAR's block is `MultiLSTM`. Two that follow cost a private inference fewer rounds, which a step of a recurrence asks for
+one after the other: `GridLSTM` makes about 2 sqrt(N) steps, `ParallelScan` log2 N.
+
+On real tokens a head's two LSTMs are one call of torch's LSTM (oneDNN's, cuDNN's), input and recurrence together; in a
+graph they are two operations, so that a private protocol makes the input's part of all steps in one product. On two
+cores a training step of one LSTM call per head took a tenth of a loop over the steps with all heads in one product.
+
+Letters: B batch, N tokens, M dimension of the model, H heads, D dimension of a head, k hidden size of a cell.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..operations import LSTM, BlockLinear, LinearScan, Multiply, Take, TokenSum, of_kind
+from .mechanism import Mechanism
+
+if TYPE_CHECKING:
+    from ..config import TransformerConfig
+
+Hidden = Sequence[tuple[int, int]]  # for every head: hidden sizes of its forward and its backward LSTM
+
+
+class Replacement(Mechanism):
+    """What mixes tokens without queries, keys and values: W_o mix(x), W_o the `projection`."""
+
+    queried = False
+    apart = True  # whether heads are independent of each other between `lower` and `projection`
+    lower: nn.Module
+    projection: nn.Linear
+
+    def mix(self, u: torch.Tensor) -> torch.Tensor:
+        """What `lower` gives (B, N, M) -> what `projection` reads, tokens (B, N, ...)."""
+        raise TypeError(f"{type(self).__name__} does not say how it mixes")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> tokens (B, N, M)."""
+        return self.projection(self.mix(self.lower(x)))
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> how much token i's output moves with token j, (B, H, N, N), or one for all heads.
+
+        FAR's token importance: sum over a head's features c of |d (sum of the outputs of token i) / d u_jc|, u what
+        `lower` makes of the tokens.
+        """
+        with torch.enable_grad():
+            u = self.lower(x).detach().requires_grad_()
+            mixed = self.mix(u).sum((0, 2))  # (N)
+            rows = [torch.autograd.grad(row, u, retain_graph=True)[0] for row in mixed]  # N x (B, N, M)
+        heads = self.heads if self.apart else 1
+        return torch.stack(rows, 1).unflatten(-1, (heads, -1)).abs().sum(-1).permute(0, 3, 1, 2)
+
+
+class BiLSTM(nn.Module):
+    """Heads of bidirectional LSTMs: of each head's features the states of one LSTM either way, side by side.
+
+    Args:
+        head: features D of every head.
+        hidden: their hidden sizes.
+    """
+
+    def __init__(self, head: int, hidden: Hidden):
+        super().__init__()
+        sizes = [sum(pair) for pair in hidden]
+        self.gates = of_kind("scores", BlockLinear([head] * len(sizes), [4 * size for size in sizes]))
+        self.recurrence = of_kind("recurrence", LSTM(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., N, H D) -> states (..., N, sum of k), head by head, the forward one's first."""
+        if isinstance(x, torch.Tensor) and x.device.type != "meta":  # while a graph is traced x is no tensor
+            return self._by_torch(x)
+        return self.recurrence(self.gates(x))
+
+    def _by_torch(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu":
+            x = x.to(self.recurrence.weight.dtype)  # not in bfloat16, where a processor has to emulate it
+        rows = x.flatten(0, -3)  # (B, N, H D)
+        states, cells = [], list(zip(self.recurrence.matrices(), self.recurrence.biases(), strict=True))
+        maps = zip(self.gates.matrices(), self.gates.bias.split(self.gates.outputs), strict=True)
+        for head, (part, (weight, bias)) in enumerate(zip(rows.split(self.gates.inputs, -1), maps, strict=True)):
+            sizes = self.recurrence.hidden[head]
+            read = zip(weight.split([4 * k for k in sizes]), bias.split([4 * k for k in sizes]), strict=True)
+            flat = [(w, u, b, c) for (w, b), (u, c) in zip(read, cells[2 * head :], strict=False)]
+            if sizes[0] == sizes[1] != 0:
+                states.append(_lstm(part, [*flat[0], *flat[1]], sizes[0]))
+                continue
+            if sizes[0]:
+                states.append(_lstm(part, flat[0], sizes[0]))
+            if sizes[1]:
+                states.append(_lstm(part.flip(1), flat[1], sizes[1]).flip(1))
+        made = torch.cat(states, -1) if states else rows[..., :0]
+        return made.unflatten(0, x.shape[:-2])
+
+
+def _lstm(x: torch.Tensor, weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Torch's LSTM of zero state on x (B, N, D), one way or, with twice the weights, both -> states (B, N, ...)."""
+    both = len(weights) == 8
+    zero = x.new_zeros(1 + both, len(x), size)
+    return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), both, True)[0]
+
+
+class MultiLSTM(Replacement):
+    """FAR's block: W_o W_p [LSTM_h(u), reversed LSTM_h(u)] of every head h, u = W_l x; W_p block-diagonal, 2 D to D.
+
+    The same as h separate bidirectional LSTMs of hidden size D, one for every D features of u. What follows no token
+    but the one before has no map of N x N: the scores of an attention are gone, and with them its normaliser.
+
+    Cost: O(N D^2) per head, in N steps one after the other.
+
+    Args:
+        config: the architecture.
+        hidden: for every head the hidden sizes of its forward and its backward LSTM, D each if left out; pruning
+            makes them smaller, or zero.
+
+    Raises:
+        ValueError: hidden sizes of another number of heads.
+    """
+
+    name = "multi_lstm"
+
+    def __init__(self, config: "TransformerConfig", hidden: Hidden | None = None):
+        super().__init__(config)
+        heads = self.heads if self.apart else 1
+        head = config.width // heads
+        hidden = [(head, head)] * heads if hidden is None else list(hidden)
+        if len(hidden) != heads:
+            raise ValueError(f"hidden sizes of {len(hidden)} heads: the network has {heads}")
+        self.lower = of_kind("projection", nn.Linear(config.width, config.width))
+        self.lstm = BiLSTM(head, hidden)
+        self.merge = of_kind("values", BlockLinear([sum(pair) for pair in hidden], [head] * heads))
+        self.projection = of_kind("projection", nn.Linear(config.width, config.width))
+
+    def mix(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, N, M) -> (B, N, M)."""
+        return self.merge(self.lstm(u))
+
+
+class WholeLSTM(MultiLSTM):
+    """One bidirectional LSTM over the full width: FAR's block with a single head, its other replacement "lstm".
+
+    Cost: O(N M^2), in N steps one after the other.
+    """
+
+    name = "lstm"
+    apart = False
+
+
+class GridLSTM(Replacement):
+    """LSTMs along the rows of the token grid, then along its columns (ReNet, Visin et al., 2015): this study's own.
+
+    Every row is a sequence of its own, then every column, so that about 2 sqrt(N) steps follow one another instead of
+    N, and each token has heard of all others after both. Forward and backward LSTMs of a head have hidden sizes that add
+    up to D, so that both ways together have as many states as one of `MultiLSTM`'s.
+
+    Where N is a square the grid is the image's. Where it is one more, the first is the class token: it stands before
+    every row and before every column, and becomes the mean of what it is there. Otherwise the grid has ceil(sqrt(N))
+    columns, and its last row is filled up with copies from the beginning, of which columns hear in that row's stead.
+
+    Cost: O(N D^2) per head, in 2 sqrt(N) steps.
+    """
+
+    name = "grid_lstm"
+
+    def __init__(self, config: "TransformerConfig", hidden: Hidden | None = None):
+        super().__init__(config)
+        head, tokens = self.head, self.tokens
+        hidden = [(head - head // 2, head // 2)] * self.heads if hidden is None else list(hidden)
+        if len(hidden) != self.heads or any(sum(pair) != head for pair in hidden):
+            raise ValueError(f"hidden sizes {hidden}: give {self.heads} pairs that add up to {head}")
+        side = math.isqrt(tokens)
+        self.first = int(tokens == side * side + 1 and tokens > 2)  # class tokens
+        self.columns = side if self.first or side * side == tokens else side + 1
+        self.rows = -(-(tokens - self.first) // self.columns)
+        grid = [[self._at(r, c) for c in range(self.columns)] for r in range(self.rows)]
+        lines = [[*range(self.first), *line] for line in grid], [[*range(self.first), *line] for line in zip(*grid)]
+        self.lower = of_kind("projection", nn.Linear(config.width, config.width))
+        self.along = of_kind("scores", nn.ModuleList(Take([n for line in part for n in line]) for part in lines))
+        self.lstm = nn.ModuleList(BiLSTM(head, hidden) for _ in lines)
+        # Back from lines to tokens: where a token stands first; class tokens are left to `_tokens`.
+        found = [[n for line in part for n in line[self.first :]] for part in lines]
+        every = range(self.first, tokens)
+        self.back = of_kind("values", nn.ModuleList(Take([part.index(n) for n in every]) for part in found))
+        self.sum = of_kind("values", nn.ModuleList(TokenSum() for _ in lines))
+        self.merge = of_kind("values", BlockLinear([head] * self.heads, [head] * self.heads))
+        self.projection = of_kind("projection", nn.Linear(config.width, config.width))
+
+    def _at(self, row: int, column: int) -> int:
+        return self.first + (row * self.columns + column) % (self.tokens - self.first)
+
+    def mix(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, N, M) -> (B, N, M)."""
+        for way, count in enumerate((self.rows, self.columns)):
+            lines = self.along[way](u).unflatten(1, (count, -1))  # (B, lines, steps, M)
+            u = self._tokens(way, count, self.lstm[way](lines))
+        return self.merge(u)
+
+    def _tokens(self, way: int, count: int, lines: torch.Tensor) -> torch.Tensor:
+        """Lines (B, lines, steps, M) -> tokens (B, N, M)."""
+        if not self.first:
+            return self.back[way](lines.flatten(1, 2))
+        mean = self.sum[way](lines[:, :, 0]) * (1 / count)  # (B, 1, M)
+        return torch.cat([mean, self.back[way](lines[:, :, 1:].flatten(1, 2))], 1)
+
+
+class ParallelScan(Replacement):
+    """Gates that read only the input, h_t = f_t h_(t-1) + (1 - f_t) v_t, either way, in log2 N steps: a minimal GRU.
+
+    f = s(W_f x) and v = W_v x, s the logistic function, of both directions; out = W_o [h, reversed h] (Feng et al.,
+    "Were RNNs all we needed?", 2024, minGRU; earlier QRNN, Bradbury et al., 2017, and SRU, Lei et al., 2018). States
+    are weighted means of values and need no tanh to stay small. All M features of a direction are on their own.
+
+    Cost: O(N M^2).
+    """
+
+    name = "parallel_scan"
+    apart = False
+
+    def __init__(self, config: "TransformerConfig"):
+        super().__init__(config)
+        width = config.width
+        self.lower = of_kind("projection", nn.Identity())
+        self.gates = of_kind("scores", nn.Linear(width, 4 * width))  # f of both directions, v of both
+        self.activation = of_kind("activation", nn.Sigmoid())
+        self.multiply = of_kind("values", Multiply())
+        self.recurrence = of_kind("recurrence", LinearScan(width, width))
+        self.projection = of_kind("projection", nn.Linear(2 * width, width))
+
+    def mix(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, N, M) -> (B, N, 2 M)."""
+        gates, values = self.gates(u).unflatten(-1, (2, -1)).unbind(-2)  # 2 x (B, N, 2 M)
+        f = self.activation(gates)
+        return self.recurrence(f, self.multiply(1 - f, values))
+
+
+class Mixer(Replacement):
+    """W_o of a token-mixing MLP: W_2 gelu(W_1 X), W_1 S x N and W_2 N x S for all features alike (MLP-Mixer, 2021).
+
+    Tolstikhin et al., Eq. 1, without its norm and skip, which the block around it has; S is `memory`. FAR names a mixer
+    among its replacements, and W_o stands where attention's stood.
+
+    Cost: O(N S M).
+    """
+
+    name = "mixer"
+    sized = True
+
+    def __init__(self, config: "TransformerConfig"):
+        super().__init__(config)
+        self.lower = of_kind("projection", nn.Identity())
+        self.expand = of_kind("scores", nn.Linear(self.tokens, config.memory))
+        self.activation = of_kind("activation", nn.GELU())
+        self.contract = of_kind("values", nn.Linear(config.memory, self.tokens))
+        self.projection = of_kind("projection", nn.Linear(config.width, config.width))
+
+    def mix(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, N, M) -> (B, N, M)."""
+        return self.contract(self.activation(self.expand(u.transpose(1, 2)))).transpose(1, 2)
