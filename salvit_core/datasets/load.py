@@ -19,6 +19,7 @@ from .augment import autoaugment, crop, erased, randaugment
 from .cifar import cifar10, cifar100
 from .digits import digits
 from .fashion_mnist import fashion_mnist, obtain
+from .fine_grained import cars, flowers
 from .imagenet import imagenet
 from .source import Source, require
 from .tiny_imagenet import tiny_imagenet
@@ -28,6 +29,8 @@ DATA: dict[str, Callable[[Path, int, int | None], Source]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "flowers": flowers,
+    "cars": cars,
     "tiny_imagenet": tiny_imagenet,
     **{name: functools.partial(imagenet, name) for name in ("imagenet", "imagenet100", "imagenette")},
 }

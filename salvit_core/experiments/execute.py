@@ -24,6 +24,8 @@ from .. import datasets, workspace
 from ..models import cost
 from ..models.config import config_of
 from ..models.vit import build
+from ..replacement.distillation import distil
+from ..replacement.pruning import prune, shaped
 from ..search import priced, released, sas
 from ..training.checkpoint import digest, load_weights
 from ..training.evaluation import evaluate as accuracy_of
@@ -37,13 +39,15 @@ from .runs import (
     EvaluationRun,
     LearnedRun,
     PrivateRun,
+    ReplacementRun,
     Run,
     SearchRun,
+    Training,
     TrainRun,
 )
 
 ABSENT = "Not on record here"  # begins the line on results that are partial
-RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
+RESIZED = ("flowers", "cars", "tiny_imagenet", "imagenet", "imagenet100", "imagenette")
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -117,7 +121,7 @@ def ensure(run: Run, source: str = "local") -> dict:
     return record
 
 
-def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
+def trained(run: Training, source: str = "local") -> nn.Module:
     """The trained network of a run, in evaluation mode on the CPU; trained now if there is no local record.
 
     Raises:
@@ -133,7 +137,7 @@ def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
     config = run.network
     if "architecture" in record["metrics"]:
         config = config_of({**dataclasses.asdict(config), "attention": record["metrics"]["architecture"]})
-    model = build(config)
+    model = shaped(config, record["metrics"]["hidden"]) if "hidden" in record["metrics"] else build(config)
     load_weights(model, path)
     if record["metrics"].get("weights", found := digest(*model.state_dict().values())) != found:
         raise ValueError(f"the weights {path} are not those of its record: delete {store.path(run, source)} and them")
@@ -189,7 +193,8 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
 
     Two networks of this study's size train 1.5 times as fast side by side, a thread each, as one after the other with
     two; on a GPU one computes while another waits for its Python. They start in the order asked for, but those that
-    wait for another: pupils for their teacher, and of the searches that share a first phase all for the first.
+    wait for another: pupils for their teacher, what is pruned for what it is pruned from, and of the searches that
+    share a first phase all for the first.
 
     Returns:
         whether there was time for all that is asked.
@@ -197,8 +202,8 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
     Raises:
         Exception: what stopped the first of those that were stopped; the others are done before it is said.
     """
-    trainings = [run for run in asked if isinstance(run, TrainRun | SearchRun)]
-    with_teachers = dict.fromkeys(one for run in trainings for one in (run.teacher, run) if one)
+    trainings = [run for run in asked if isinstance(run, Training)]
+    with_teachers = dict.fromkeys(one for run in trainings for one in (*_needed(run), run))
     missing = [run for run in with_teachers if store.find(run) is None]
     workers = min(os.cpu_count() or 1, MOST_TOGETHER, len(missing))
     if not missing or (workers < 2 and minutes is None):
@@ -207,11 +212,11 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
         return False
     leaders = {run.first_phase(): run for run in reversed(missing) if isinstance(run, SearchRun)}
 
-    def waits(run: TrainRun | SearchRun) -> bool:
+    def waits(run: Training) -> bool:
         leader = leaders[run.first_phase()] if isinstance(run, SearchRun) else run
-        return run.teacher in unfinished or (leader != run and leader in unfinished)
+        return bool(unfinished.intersection(_needed(run))) or (leader != run and leader in unfinished)
 
-    unfinished, left, running = set(missing), list(missing), dict[Future, TrainRun | SearchRun]()
+    unfinished, left, running = set(missing), list(missing), dict[Future, Training]()
     failures: list[BaseException] = []
     end = None if minutes is None else time.monotonic() + 60 * minutes
     threads = str(max(1, (os.cpu_count() or 1) // workers))
@@ -236,6 +241,12 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
     if failures:
         raise failures[0]
     return not unfinished
+
+
+def _needed(run: Training) -> list[Training]:
+    """The trainings that one starts from, in order."""
+    teacher = [run.teacher] if run.teacher else []
+    return [*teacher, run.unpruned()] if isinstance(run, ReplacementRun) and run.pruning else teacher
 
 
 def _in_a_worker(run: Run, root: Path, parent: int) -> None:
@@ -264,7 +275,7 @@ def _unfinished(run: Run) -> Path:
     return store.path(run, ending=".unfinished")
 
 
-def _save_weights(run: TrainRun | SearchRun, model: nn.Module) -> dict:
+def _save_weights(run: Training, model: nn.Module) -> dict:
     """Write them beside the record; what the record says of them."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     workspace.write(store.path(run, ending=".pt"), lambda file: torch.save(weights, file))
@@ -309,6 +320,28 @@ def _search(run: SearchRun) -> dict:
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
     return {**finetune, **found, "history": history}
+
+
+def _replace(run: ReplacementRun) -> dict:
+    taught = ensure(run.teacher)["metrics"]["test_accuracy"]
+    data, folder = dataset(run.data, run.images), _unfinished(run)
+    if run.pruning:
+        result = prune(run.pruning, trained(run.unpruned()), data, folder)
+    else:
+        result = distil(run.distillation, trained(run.teacher), data, folder)
+        result["parameters"] = cost.parameters(result["network"])
+    stages = result.pop("stages")
+    history = [{"stage": name, **facts} for name, stage in stages.items() for facts in stage["history"]]
+    told = ("test_accuracy", "test_loss", "validation_accuracy", "best_epoch", "seconds")
+    return {
+        "teacher_accuracy": taught,
+        "stages": {name: {what: stage[what] for what in told} for name, stage in stages.items()},
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "threads": torch.get_num_threads(),
+        **_save_weights(run, result.pop("network")),
+        **result,
+        "history": history,
+    }
 
 
 def _learned(run: LearnedRun) -> dict:
@@ -420,6 +453,7 @@ def _drift(run: DriftRun) -> dict:
 _MEASURES: dict[type, Callable[[Any], dict]] = {
     TrainRun: _train,
     SearchRun: _search,
+    ReplacementRun: _replace,
     LearnedRun: _learned,
     ClearRun: _clear,
     PrivateRun: _private,

@@ -7,12 +7,13 @@ from matplotlib.figure import Figure
 from .style import STYLE, WIDTH, write_note
 
 
-def heat_maps(matrices: dict[str, np.ndarray], note: str = "") -> Figure:
+def heat_maps(matrices: dict[str, np.ndarray], note: str = "", labels: tuple[str, str] = ("key", "query")) -> Figure:
     """Matrices side by side, each with its own scale, from its least to its largest value.
 
     Args:
         matrices: title to a matrix (N, K).
         note: what is shown.
+        labels: of the columns and of the rows.
 
     Raises:
         ValueError: no matrix, or an empty one.
@@ -26,8 +27,8 @@ def heat_maps(matrices: dict[str, np.ndarray], note: str = "") -> Figure:
             shown = axis.imshow(matrix, cmap="cividis", aspect="auto", interpolation="nearest")
             figure.colorbar(shown, ax=axis, shrink=0.8)
             axis.set_title(title)
-            axis.set_xlabel("key")
-            axis.set_ylabel("query")
+            axis.set_xlabel(labels[0])
+            axis.set_ylabel(labels[1])
         write_note(figure, note)
     return figure
 

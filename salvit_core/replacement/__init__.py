@@ -1,1 +1,1 @@
-"""Attention of a trained network replaced by other mechanisms: distilled, pruned by structure, carried to other data."""
+"""A trained network's attention replaced by other mechanisms: distilled, pruned by structure, carried to other data."""

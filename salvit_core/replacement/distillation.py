@@ -16,8 +16,8 @@ from torch import nn
 from ..datasets import Data
 from ..fields import Among, Checked, CountOrNone, Seed, Share
 from ..models.attention import ATTENTION
-from ..models.attention.mechanism import Mechanism
 from ..models.cct import CCT
+from ..models.config import TransformerConfig
 from ..models.vit import ViT, build
 from ..training.checkpoint import digest, not_finite
 from ..training.distillation import projected
@@ -71,7 +71,11 @@ class Distillation(Checked):
             raise ValueError("attention, blocks and head are all None: leave at least one stage to train")
         combined = {"cross_entropy": 1.0, "distill_blocks": 1.0, "distill_attention": 0.0}
         similar = {"cross_entropy": 0.0, "distill_blocks": 0.0, "distill_attention": 1.0}
-        for name, weights in (("attention", combined if self.loss == "combine" else similar), ("blocks", {}), ("head", {})):
+        for name, weights in (
+            ("attention", combined if self.loss == "combine" else similar),
+            ("blocks", {}),
+            ("head", {}),
+        ):
             if recipe := getattr(self, name):
                 object.__setattr__(self, name, replace(recipe, seed=self.seed, **weights))
 
@@ -101,21 +105,27 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
             f"the teacher is a {type(teacher).__name__}, whose blocks have no names here: give a CCT or a ViT, "
             "or load DeiT's weights by name"
         )
-    count = teacher.config.layers
-    if layers > count:
-        raise ValueError(f"layers is {layers}: the teacher has {count}, give at most that many")
-    kept = count - (layers or count)
-    names = (*teacher.config.attention[:kept], *[by] * (count - kept))
-    if names == teacher.config.attention:
-        raise ValueError(f"the teacher's attention is {by!r} already: nothing is replaced, name another mechanism")
-    model = build(replace(teacher.config, attention=names, stochastic_depth=drop_path))
-    model.load_state_dict(_inherited(model, teacher, names), strict=False)
+    model = build(replaced_config(teacher.config, by, layers, drop_path))
+    model.load_state_dict(_inherited(model, teacher), strict=False)
     return model.to(next(teacher.parameters()).device)
 
 
-def distil(
-    run: Distillation, teacher: nn.Module, data: Data, folder: str | Path | None = None
-) -> dict:
+def replaced_config(config: TransformerConfig, by: str, layers: int = 0, drop_path: float = 0.1) -> TransformerConfig:
+    """The configuration of a network whose attention is replaced; arguments as in `replaced`.
+
+    Raises:
+        ValueError: more layers than there are, or attention that is replaced by itself.
+    """
+    if layers > config.layers:
+        raise ValueError(f"layers is {layers}: the teacher has {config.layers}, give at most that many")
+    count = layers or config.layers
+    names = (*config.attention[: config.layers - count], *[by] * count)
+    if names == config.attention:
+        raise ValueError(f"the teacher's attention is {by!r} already: nothing is replaced, name another mechanism")
+    return replace(config, attention=names, stochastic_depth=drop_path)
+
+
+def distil(run: Distillation, teacher: nn.Module, data: Data, folder: str | Path | None = None) -> dict:
     """Replace a trained network's attention and train what replaces it, stage by stage; test after each.
 
     With a folder the run can be stopped at any moment and started again: every stage has a checkpoint of its own there,
@@ -183,15 +193,13 @@ def train_stage(
     return train(model, data, recipe, teacher, penalty, checkpoint, frozen, label=name)
 
 
-def _inherited(model: nn.Module, teacher: nn.Module, names: tuple) -> dict[str, torch.Tensor]:
-    """What a network has from its teacher: all outside of what is replaced, and projections of the same shape."""
-    ours, found = model.state_dict(), {}
-    for name, tensor in teacher.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "blocks" and parts[2] == "attention" and names[int(parts[1])] != teacher.config.attention[int(parts[1])]:
-            pair = (model.blocks[int(parts[1])].attention, teacher.blocks[int(parts[1])].attention)
-            if parts[3] != "projection" or not all(map(projected, pair)):
-                continue
-        if name in ours and ours[name].shape == tensor.shape:
-            found[name] = tensor
-    return found
+def _inherited(model: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:
+    """What a network has from its teacher: all outside of what is replaced, and projections of M features to M."""
+    ours, found = model.state_dict(), dict(teacher.state_dict())
+    for i, pair in enumerate(zip(model.blocks, teacher.blocks, strict=True)):
+        if model.config.attention[i] != teacher.config.attention[i]:
+            place = f"blocks.{i}.attention."
+            same = all(projected(block.attention) for block in pair)
+            kept = {f"{place}projection.weight", f"{place}projection.bias"} if same else set()
+            found = {name: tensor for name, tensor in found.items() if not name.startswith(place) or name in kept}
+    return {name: tensor for name, tensor in found.items() if name in ours}

@@ -1,8 +1,8 @@
 """Structured pruning of recurrent replacements: hidden units are driven to zero, masked, and then removed.
 
-A group is all that one hidden unit of one direction of one head reads and writes: the rows of its four gates in W_ih and
-in W_hh, its column of W_hh and its column of the projection behind the LSTMs (FAR, arXiv 2505.21535). A unit whose group
-is zero changes nothing, so that the network without it computes the same and is smaller.
+A group is all that one hidden unit of one direction of one head reads and writes: the rows of its four gates in W_ih
+and in W_hh, its column of W_hh and its column of the projection behind the LSTMs (FAR, arXiv 2505.21535). A unit whose
+group is zero changes nothing, so that the network without it computes the same and is smaller.
 
 Letters: B batch, N tokens, D dimension of a head, k hidden size of a cell, that is of one direction of one head.
 """
@@ -136,8 +136,12 @@ def refuse_other_networks(model: nn.Module) -> None:
         ValueError: names what its layers have.
     """
     if not isinstance(model, CCT | ViT) or not any(recurrent(model)):
-        found = ", ".join(dict.fromkeys(map(str, getattr(getattr(model, "config", None), "attention", ["nothing known"]))))
-        raise ValueError(f"attention is {found}: hidden units are pruned of multi_lstm and lstm alone, replace it by one")
+        found = ", ".join(
+            dict.fromkeys(map(str, getattr(getattr(model, "config", None), "attention", ["nothing known"])))
+        )
+        raise ValueError(
+            f"attention is {found}: hidden units are pruned of multi_lstm and lstm alone, replace it by one"
+        )
 
 
 def cells(attention: MultiLSTM) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -160,12 +164,12 @@ def cells(attention: MultiLSTM) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def norms(attention: MultiLSTM) -> torch.Tensor:
-    """|g| of every hidden unit, cell by cell: (sum of k). The diagonal of W_hh, row and column of a unit, counts twice."""
+    """|g| of every hidden unit, cell by cell: (sum of k). The diagonal of W_hh, row and column at once, counts twice."""
     return torch.cat([_squares(*cell) for cell in cells(attention)]).clamp_min(1e-30).sqrt()
 
 
 def scores(attention: MultiLSTM) -> torch.Tensor:
-    """The root mean square of every hidden unit's group, (sum of k): never negative, and zero only where all of it is."""
+    """The root mean square of every hidden unit's group, (sum of k): never negative, zero only where all of it is."""
     sizes = [(4 * w.shape[2] + 8 * len(column.T) + len(column)) for w, _, _, _, column in cells(attention)]
     counts = [len(column.T) for *_, column in cells(attention)]
     entries = torch.tensor(sizes).repeat_interleave(torch.tensor(counts))

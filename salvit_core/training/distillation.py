@@ -159,11 +159,15 @@ def check_teacher(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -
 
 def _refuse_other_blocks(model: nn.Module, teacher: nn.Module) -> None:
     if not (hasattr(model, "blocks") and hasattr(teacher, "blocks")):
-        raise ValueError("blocks are to be distilled, and one of both networks has none of that name: give a CCT or a ViT")
+        raise ValueError(
+            "blocks are to be distilled, and one of both networks has none of that name: give a CCT or a ViT"
+        )
     for name, theirs, ours in (
         ("blocks", len(teacher.blocks), len(model.blocks)),
         ("tokens", teacher.config.tokens, model.config.tokens),
         ("width", teacher.config.width, model.config.width),
     ):
         if theirs != ours:
-            raise ValueError(f"the teacher's {name} is {theirs}, the model's {ours}: distil blocks from one of the same")
+            raise ValueError(
+                f"the teacher's {name} is {theirs}, the model's {ours}: distil blocks from one of the same"
+            )

@@ -21,8 +21,8 @@ from .checkpoint import described, not_finite, resume, save, seed_all
 from .checkpoint import identity as identity_of
 from .distillation import Watched, check_teacher, losses, places
 from .evaluation import best_epoch, evaluate
-from .preparation import prepare, redraw
 from .preparation import optimizer as optimizer_of
+from .preparation import prepare, redraw
 from .processes import process, summed
 from .recipe import Recipe, autocast, learning_rate, multiplies_bf16
 
@@ -66,8 +66,9 @@ def fit(
 
     Yields:
         one dict of plain data per epoch: epoch (from 0), lr; loss and its parts (cross_entropy, distill_logits,
-        distill_features, distill_blocks, distill_attention, penalty), each a mean over the epoch's images; validation_loss, validation_accuracy (%);
-        seconds of the whole epoch, images_per_second of its training steps; and the penalty's facts.
+        distill_features, distill_blocks, distill_attention, penalty), each a mean over the epoch's images;
+        validation_loss, validation_accuracy (%); seconds of the whole epoch, images_per_second of its training steps;
+        and the penalty's facts.
 
     Raises:
         ValueError: a checkpoint of another run, a teacher that does not fit, or a frozen name that is not there.

@@ -57,7 +57,7 @@ def test_all_but_the_attention_is_the_teachers(backbone):
 
 
 def test_replaced_by_the_same_function_it_computes_the_same():
-    """"standard" is self-attention with three matrices: with the teacher's in them nothing may have changed."""
+    """ "standard" is self-attention with three matrices: with the teacher's in them nothing may have changed."""
     teacher = network("vit_2", qkv_bias=True, norm_eps=1e-6).eval()
     model = replaced(teacher, "standard").eval()
     images = torch.randn(3, 1, 8, 8)
@@ -76,7 +76,9 @@ def test_the_cosine_losses_are_as_in_the_equations(few_digits):
     for attention in (block.attention for block in model.blocks):
         attention.dropout.p = 0.0
     images, labels = next(datasets.batches(few_digits.train, 5000))
-    recipe = dataclasses.replace(RECIPE, epochs=1, lr=1e-12, weight_decay=0.0, distill_blocks=2.0, distill_attention=3.0)
+    recipe = dataclasses.replace(
+        RECIPE, epochs=1, lr=1e-12, weight_decay=0.0, distill_blocks=2.0, distill_attention=3.0
+    )
     (facts,) = fit(model, few_digits, recipe, teacher)
     x, y, blocks, attentions = (teacher.tokenizer(images) + teacher.position,) * 2 + (0.0, 0.0)
     y = model.tokenizer(images) + model.position
@@ -84,7 +86,9 @@ def test_the_cosine_losses_are_as_in_the_equations(few_digits):
         for ours, theirs in zip(model.blocks, teacher.blocks):
             given = []
             for block, tokens in ((ours, y), (theirs, x)):
-                hook = block.attention.projection.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+                hook = block.attention.projection.register_forward_pre_hook(
+                    lambda _, args, to=given: to.append(args[0])
+                )
                 block.attention(block.norm1(tokens))
                 hook.remove()
             x, y = theirs(x), ours(y)
@@ -103,7 +107,11 @@ def test_attentions_without_a_projection_of_all_features_are_compared_where_they
         found = places(model, recipe, teacher)
         assert found[1] == place and len(found) == 2
         sizes = [tensor.shape for tensor in Watched(model, found)(torch.randn(3, 1, 8, 8))[2:]]
-        assert sizes == [tensor.shape for tensor in Watched(teacher, found)(torch.randn(3, 1, 8, 8))[2:]] == [(3, 17, 32)] * 2
+        assert (
+            sizes
+            == [tensor.shape for tensor in Watched(teacher, found)(torch.randn(3, 1, 8, 8))[2:]]
+            == [(3, 17, 32)] * 2
+        )
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -119,7 +127,9 @@ def test_the_cosine_loss_of_equal_and_of_opposite_tokens():
 @pytest.mark.parametrize("loss", ["combine", "similarity"])
 @pytest.mark.parametrize("by", ["linformer", "external"])
 def test_every_stage_trains_its_part_and_nothing_else(few_digits, teacher, loss, by):
-    run = dataclasses.replace(RUN, by=by, loss=loss, attention=dataclasses.replace(RECIPE, epochs=1), blocks=None, head=None)
+    run = dataclasses.replace(
+        RUN, by=by, loss=loss, attention=dataclasses.replace(RECIPE, epochs=1), blocks=None, head=None
+    )
     torch.manual_seed(run.seed)
     before = state(replaced(teacher, by, drop_path=0.0))
     model = distil(run, teacher, few_digits)["network"]
@@ -140,9 +150,10 @@ def test_released_bug_no_fresh_projection_is_frozen_in_the_first_stage(few_digit
     for ours, theirs in zip(model.blocks, teacher.blocks):  # not fresh
         assert torch.equal(ours.attention.projection.weight, theirs.attention.projection.weight)
         assert torch.equal(ours.attention.projection.bias, theirs.attention.projection.bias)
+    model_by = {by: replaced(teacher, by) for by in ("linformer", "external")}
     held = {
         (by, loss): [name for name, _ in replaced(teacher, by).named_parameters()
-                     if ".attention." in name and name not in trained(replaced(teacher, by), teacher, "attention", loss)]
+                     if ".attention." in name and name not in trained(model_by[by], teacher, "attention", loss)]
         for by in ("linformer", "external")
         for loss in ("combine", "similarity")
     }  # fmt: skip
@@ -193,8 +204,18 @@ def test_a_deit_with_weights_under_timms_names_is_a_teacher():
 
 def test_the_published_recipe_is_the_default():
     run = Distillation("linformer")
-    assert (run.attention.epochs, run.attention.batch, run.attention.lr, run.attention.weight_decay) == (200, 256, 2.5e-4, 0.05)
-    assert (run.attention.warmup, run.attention.augment, run.attention.erase, run.drop_path) == (5, "randaugment", 0.25, 0.1)
+    assert (run.attention.epochs, run.attention.batch, run.attention.lr, run.attention.weight_decay) == (
+        200,
+        256,
+        2.5e-4,
+        0.05,
+    )
+    assert (run.attention.warmup, run.attention.augment, run.attention.erase, run.drop_path) == (
+        5,
+        "randaugment",
+        0.25,
+        0.1,
+    )
     assert (run.blocks.epochs, run.blocks.lr, run.head.epochs, run.head.lr) == (100, 5e-5, 30, 5e-4)
     assert run.loss == "combine" and run.attention.distill_blocks == run.attention.cross_entropy == 1
     similar = Distillation("linformer", "similarity", seed=3)
@@ -211,13 +232,10 @@ def test_the_published_recipe_is_the_default():
         (lambda t: replaced(t, "self"), "attention is 'self' already"),
         (lambda t: replaced(t, "external", layers=3), "layers is 3: the teacher has 2"),
         (lambda t: replaced(torch.nn.Linear(2, 2), "external"), "the teacher is a Linear"),
-        (lambda t: next(fit(network(layers=4), some_digits(), dataclasses.replace(RECIPE, distill_blocks=1.0), t)),
-         "blocks is 2, the model's 4"),
-        (lambda t: next(fit(network(), some_digits(), dataclasses.replace(RECIPE, cross_entropy=0.0))), "no loss is left"),
-        (lambda t: next(fit(network(), some_digits(), dataclasses.replace(RECIPE, distill_blocks=1.0, compile=True), t)),
-         "compile is True"),
-        (lambda t: next(fit(network(), some_digits(), RECIPE, frozen=("blocks", "head", "tokenizer", "position", "norm", "pool"))),
-         "every parameter is frozen"),
+        (lambda t: begun(t, model=network(layers=4), distill_blocks=1.0), "blocks is 2, the model's 4"),
+        (lambda t: begun(None, cross_entropy=0.0), "no loss is left"),
+        (lambda t: begun(t, distill_blocks=1.0, compile=True), "compile is True"),
+        (lambda t: begun(None, ("blocks", "head", "tokenizer", "position", "norm", "pool")), "every parameter is frozen"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(teacher, call, message):
@@ -225,8 +243,9 @@ def test_what_cannot_be_is_refused(teacher, call, message):
         call(teacher)
 
 
-def some_digits():
-    return datasets.load("digits")
+def begun(teacher, frozen=(), model=None, **changes):
+    recipe = dataclasses.replace(RECIPE, **changes)
+    return next(fit(model or network(), datasets.load("digits"), recipe, teacher, frozen=frozen))
 
 
 def test_a_teacher_that_is_not_finite_is_refused(few_digits):

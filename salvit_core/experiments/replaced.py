@@ -1,0 +1,328 @@
+"""Attention replaced: what accuracy is kept, what pruning leaves, and what it costs in the clear and on shares."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ..fields import Checked, Count, CountOrNone, Share
+from ..models import cost, maps
+from ..models.config import TransformerConfig
+from ..models.vit import build
+from ..private.links import LINKS, Link
+from ..replacement.distillation import Distillation
+from ..replacement.pruning import Pruning
+from . import latency
+from .efficient import profile_of
+from .profiles import Profile
+from .runs import ClearRun, PrivateRun, ReplacementRun, TrainRun, replaced_config
+
+# Mechanisms and what they are called here. "standard" is attention as the teacher has it, its three matrices drawn
+# anew: what the three stages do by themselves.
+NAMES = {
+    "standard": "attention, drawn anew",
+    "multi_lstm": "multi-head BiLSTM",
+    "grid_lstm": "rows and columns",
+    "parallel_scan": "parallel scan",
+    "lstm": "one BiLSTM",
+    "mixer": "mixer",
+}
+# What they are beside on shares, rows of the tables.
+BESIDE = ("SA softmax", "SA L2Q", "EA softmax", "ReLU linear")
+
+
+@dataclass(frozen=True)
+class Sizes(Checked):
+    """How big the study is in one profile.
+
+    Attributes:
+        mechanisms: what replaces attention, keys of `NAMES`.
+        seeds: of teachers and replacements.
+        teacher: epochs of the teacher.
+        stages: epochs of the replacements, of the blocks, of the head.
+        pruned: shares of the hidden units of "multi_lstm" that are pruned.
+        pruning: epochs with the regulariser, and of fine-tuning after it.
+    """
+
+    mechanisms: tuple[str, ...]
+    seeds: Count
+    teacher: Count
+    stages: tuple[CountOrNone, ...]
+    pruned: tuple[Share, ...]
+    pruning: tuple[Count, ...]
+
+
+SIZES = {
+    "smoke": Sizes(("multi_lstm", "parallel_scan"), 1, 2, (1, 1, 1), (0.5,), (1, 1)),
+    "quick": Sizes(("standard", "multi_lstm", "grid_lstm", "parallel_scan"), 1, 8, (4, 2, 1), (0.5,), (1, 1)),
+    # CIFAR-10, 15,000 images, two cores.
+    "reference": Sizes(tuple(NAMES), 3, 20, (6, 4, 1), (0.25, 0.5, 0.75), (3, 3)),
+    "short": Sizes(tuple(NAMES), 1, 30, (15, 10, 3), (0.25, 0.5, 0.75), (5, 5)),
+    "paper": Sizes(tuple(NAMES), 3, 600, (200, 100, 30), (0.25, 0.5, 0.75), (100, 100)),
+}
+RATES = {"attention": 1.0, "blocks": 0.25, "head": 0.25}  # of each stage, in the profile's learning rate
+
+Plan = dict[tuple[str, float, int], ReplacementRun]  # mechanism, share pruned, seed
+
+
+def teacher(size: Profile, data: str, seed: int = 0) -> TrainRun:
+    """The network whose attention is replaced: the profile's CCT with softmax attention."""
+    small = profile_of(size)
+    return small.training(data, small.config(data, "SA softmax"), seed=seed, epochs=SIZES[size.name].teacher)
+
+
+def distillation(size: Profile, by: str, seed: int = 0, **changes) -> Distillation:
+    """The three stages in a profile's sizes; `changes` are fields of `Distillation`."""
+    recipe, epochs = profile_of(size).recipe, SIZES[size.name].stages
+    stages = {
+        name: dataclasses.replace(recipe, epochs=count, lr=rate * recipe.lr) if count else None
+        for (name, rate), count in zip(RATES.items(), epochs, strict=True)
+    }
+    return Distillation(by, seed=seed, **{**stages, **changes})
+
+
+def plan(size: Profile, data: str, seed: int = 0) -> Plan:
+    """The replacements, by mechanism, share that is pruned and seed, from `seed` on."""
+    sizes, recipe = SIZES[size.name], profile_of(size).recipe
+    made: Plan = {}
+    for each in range(seed, seed + sizes.seeds):
+        taught = teacher(size, data, each)
+        for by in sizes.mechanisms:
+            made[by, 0.0, each] = ReplacementRun(taught, distillation(size, by, each))
+        parts = [dataclasses.replace(recipe, epochs=count, lr=RATES["blocks"] * recipe.lr) for count in sizes.pruning]
+        for share in sizes.pruned:
+            pruning = Pruning(share=share, sparsify=parts[0], finetune=parts[1], seed=each)
+            made["multi_lstm", share, each] = dataclasses.replace(made["multi_lstm", 0.0, each], pruning=pruning)
+    return made
+
+
+# Accuracy kept
+
+
+def accuracies(made: Plan, found: Mapping[ReplacementRun, dict]) -> pd.DataFrame:
+    """One row per replacement on record that is not pruned, and one per teacher.
+
+    Returns:
+        columns dataset, variant (a category), seed, accuracy (%), kept (points above the teacher), after_attention and
+        after_blocks (%), parameters, seconds.
+    """
+    rows, names = [], ["teacher", *NAMES.values()]
+    for (by, share, seed), run in made.items():
+        if share or run not in found:
+            continue
+        facts = found[run]["metrics"]
+        after = {f"after_{name}": stage["test_accuracy"] for name, stage in facts["stages"].items() if name != "head"}
+        row = {"dataset": run.data, "variant": NAMES[by], "seed": seed, "accuracy": facts["test_accuracy"]}
+        row |= {"kept": facts["test_accuracy"] - facts["teacher_accuracy"], **after}
+        row |= {"parameters": facts["parameters"], "seconds": facts["seconds"]}
+        taught = {**row, "variant": "teacher", "accuracy": facts["teacher_accuracy"], "kept": 0.0, "seconds": np.nan}
+        taught |= {"parameters": _parameters(run.teacher.network), **dict.fromkeys(after, np.nan)}
+        rows += [row] if any(r["variant"] == "teacher" and r["seed"] == seed for r in rows) else [taught, row]
+    columns = [
+        "dataset",
+        "variant",
+        "seed",
+        "accuracy",
+        "kept",
+        "after_attention",
+        "after_blocks",
+        "parameters",
+        "seconds",
+    ]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(variant=pd.Categorical(table["variant"], names))
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """`accuracies` by variant: means over the seeds, accuracy's standard deviation, and how many there are."""
+    by = table.groupby("variant", observed=True)
+    means = by[["accuracy", "kept", "after_attention", "after_blocks"]].mean()
+    means.insert(1, "spread", by["accuracy"].std())
+    return means.assign(seeds=by["seed"].nunique(), parameters=by["parameters"].first())
+
+
+def said_of_accuracy(table: pd.DataFrame) -> str:
+    """Markdown: what each replacement keeps, and whether that is more than seeds differ by."""
+    if table.empty:
+        return "No replacement is on record."
+    lines, short = [], summary(table)
+    for name, row in short.drop(index="teacher").iterrows():
+        spread = "" if np.isnan(row["spread"]) else f" ± {row['spread']:.2f}"
+        more = row["parameters"] / short.loc["teacher", "parameters"] - 1
+        lines.append(
+            f"- **{name}**: {row['accuracy']:.2f}{spread} %, {row['kept']:+.2f} points from its teacher, after the "
+            f"first stage {row['after_attention']:.2f} %; {more:+.0%} parameters."
+        )
+    count = int(short["seeds"].min())
+    lines.append("- One seed: differences of a point or so say nothing." if count == 1 else f"- {count} seeds.")
+    return "\n".join(lines)
+
+
+# Pruning
+
+
+def pruned(made: Plan, found: Mapping[ReplacementRun, dict]) -> pd.DataFrame:
+    """One row per pruned network on record.
+
+    Returns:
+        columns share (%, of the hidden units), seed, accuracy (%), masked (%, before fine-tuning), change (points from
+        what was pruned), parameters, before; and element, input, output: mean sparsity of the LSTMs' matrices (%).
+    """
+    rows = []
+    for (by, share, seed), run in made.items():
+        if not share or run not in found or (whole := made[by, 0.0, seed]) not in found:
+            continue
+        facts = found[run]["metrics"]
+        row = {
+            "share": 100 * share,
+            "seed": seed,
+            "accuracy": facts["test_accuracy"],
+            "masked": facts["masked_accuracy"],
+        }
+        row |= {"change": facts["test_accuracy"] - found[whole]["metrics"]["test_accuracy"]}
+        row |= {"parameters": facts["parameters"], "before": facts["parameters_before"]}
+        row |= pd.DataFrame(facts["sparsity"])[["element", "input", "output"]].mean().to_dict()
+        rows.append(row)
+    columns = ["share", "seed", "accuracy", "masked", "change", "parameters", "before", "element", "input", "output"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pruned_channels(record: dict) -> pd.DataFrame:
+    """Hidden units that each head of a pruned network lost (%): a row per layer, a column per head and direction."""
+    table = pd.DataFrame(record["metrics"]["channels"])
+    head = "head " + table["head"].astype(str) + " " + table["direction"]
+    lost = 100 * table["pruned"] / table["hidden"]
+    return table.assign(head=head, lost=lost).pivot(index="layer", columns="head", values="lost")
+
+
+def said_of_pruning(table: pd.DataFrame) -> str:
+    """Markdown: accuracy, parameters and sparsity by share."""
+    if table.empty:
+        return "No pruned network is on record."
+    lines = []
+    for share, part in table.groupby("share"):
+        row = part.mean(numeric_only=True)
+        lines.append(
+            f"- **{share:g} % of the hidden units removed**: {row['accuracy']:.2f} %, {row['change']:+.2f} points; "
+            f"{row['masked']:.2f} % before the masked fine-tuning; {row['parameters'] / row['before'] - 1:+.0%} "
+            f"parameters; {row['element']:.0f} % of the LSTMs' weights were zero."
+        )
+    return "\n".join(lines)
+
+
+# What it costs
+
+
+def networks(size: Profile, data: str) -> dict[str, TransformerConfig]:
+    """What is compared on shares: the rows of `BESIDE`, and the teacher with each replacement."""
+    small = profile_of(size)
+    made = {row: small.config(data, row) for row in BESIDE}
+    by = [name for name in SIZES[size.name].mechanisms if name != "standard"]
+    return made | {NAMES[name]: replaced_config(made["SA softmax"], name) for name in by}
+
+
+def clear_runs(configs: Mapping[str, TransformerConfig], seed: int = 0) -> dict[str, ClearRun]:
+    """Latency, FLOPs and parameters of each network in the clear, at batch 1 and 32."""
+    return {name: ClearRun(config, (1, 32), seed=seed) for name, config in configs.items()}
+
+
+def private_runs(configs: Mapping[str, TransformerConfig], seed: int = 0) -> dict[str, PrivateRun]:
+    """One query of one image to each network on shares."""
+    return {name: PrivateRun(config, seed=seed) for name, config in configs.items()}
+
+
+CONNECTIONS: dict[str, Link | None] = {"loopback": None, "LAN": LINKS["LAN (Cheetah)"], "WAN": LINKS["WAN (Cheetah)"]}
+
+
+def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1, 32)) -> pd.DataFrame:
+    """Rounds and bytes of one query to each network with `tuned`, from shapes alone: exact, nothing is run.
+
+    Returns:
+        columns method (a category), batch, rounds, mb (one way), dealer_mb, and per link of `CONNECTIONS` but loopback
+        what it adds, seconds per image: modelled, without the parties' computing.
+    """
+    from ..private.estimation import estimate  # CrypTen, which a machine that only trains lacks
+
+    rows = []
+    for name, config in configs.items():
+        with torch.device("meta"):
+            model = build(config)
+        for batch in batches:
+            found = estimate(model, (batch, config.channels, config.image, config.image))
+            row = {"method": name, "batch": batch, "rounds": found.rounds, "mb": found.bytes / 1e6}
+            row |= {"dealer_mb": found.dealer_bytes / 1e6}
+            serial = float(found.operations["serial_bytes"].sum())
+            row |= {where: link.seconds(found.rounds, serial) / batch for where, link in CONNECTIONS.items() if link}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.assign(method=pd.Categorical(table["method"], list(configs)))
+
+
+def on_links(runs: Mapping[str, PrivateRun], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
+    """Seconds of one image on shares: measured on loopback, modelled on the links; and how wrong the logits are."""
+    rows = {}
+    for name, run in runs.items():
+        if run in found:
+            record = found[run]
+            rows[name] = {where: latency.on_link(record, link) for where, link in CONNECTIONS.items()}
+            rows[name] |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rounds and megabytes per image, a panel each: methods by batch."""
+    table = table.assign(rounds=table["rounds"], mb=table["mb"] / table["batch"])
+    columns = {"rounds": "rounds of a query", "mb": "MB per image"}
+    made = {title: table.pivot(index="method", columns="batch", values=name) for name, title in columns.items()}
+    return {title: part.rename(columns="batch {}".format) for title, part in made.items()}
+
+
+def said_of_costs(table: pd.DataFrame) -> str:
+    """Markdown: where a recurrence takes less of a link's time than each attention, if anywhere."""
+    lines, ours = [], [name for name in NAMES.values() if name in set(table["method"])]
+    for where in [name for name, link in CONNECTIONS.items() if link]:
+        for batch, part in table.groupby("batch"):
+            seconds = part.set_index("method")[where]
+            best = seconds[ours].idxmin()
+            beaten = [name for name in BESIDE if name in seconds and seconds[best] < seconds[name]]
+            told = f"less than {', '.join(beaten)}" if beaten else "more than every attention's"
+            lines.append(
+                f"- **{where}, batch {batch}**: of the replacements {best} waits least for the link, {seconds[best]:.3g} "
+                f"s per image, {told} (SA softmax {seconds['SA softmax']:.3g} s)."
+            )
+    return "\n".join(lines)
+
+
+# What tokens move
+
+
+def importance(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Token importance of every block of each network, (N, N), the mean over the images."""
+    return {name: maps.importance(model, inputs) for name, model in models.items()}
+
+
+def heat(found: Mapping[str, list[torch.Tensor]], layer: int) -> dict[str, np.ndarray]:
+    """Token importance in one block (from 1) of each network, the diagonal left out: the residual is there."""
+    shown = {}
+    for name, blocks in found.items():
+        moved = blocks[layer - 1].clone()
+        moved.fill_diagonal_(float("nan"))
+        shown[f"{name}, block {layer}"] = moved.numpy()
+    return shown
+
+
+def patches(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[np.ndarray]]:
+    """By network and image, how much each patch moves the last block's class token, or its mean token, as pictures."""
+    return {
+        name: [maps.grid(maps.read(model, maps.importance(model, one[None])[-1])).numpy() for one in inputs]
+        for name, model in models.items()
+    }
+
+
+def _parameters(config: TransformerConfig) -> int:
+    with torch.device("meta"):
+        return cost.parameters(build(config))
