@@ -615,15 +615,20 @@ class LSTM(Operation):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """What the steps read (..., N, sum of 4 k) -> hidden states (..., N, sum of k), in the order of the cells."""
-        if not sum(self.cells):
-            return z
+        return self.run(z) if sum(self.cells) else z
+
+    def run(self, z: torch.Tensor, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> torch.Tensor:
+        """As `forward`; `watch` is shown what gates read (C, B, 4 K) and c (C, B, K) of every step."""
         rows, weight = self.steps(z + self.bias), self.factors(self.weight)
         weight = weight.to(rows.dtype)
         h = c = rows.new_zeros(*rows[:, 0].shape[:2], weight.shape[1])  # (C, B, K)
         made = []
         for t in range(rows.shape[1]):
-            i, f, g, o = torch.baddbmm(rows[:, t], h, weight).chunk(4, -1)
+            read = torch.baddbmm(rows[:, t], h, weight)
+            i, f, g, o = read.chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            if watch is not None:
+                watch(read, c)
             h = o.sigmoid() * c.tanh()
             made.append(h)
         return self.tokens(torch.stack(made, 1), z.shape[:-2])
@@ -687,13 +692,18 @@ class LinearScan(Operation):
         forward, backward = x.split(self.sizes, -1)
         return torch.cat([forward, backward.flip(-2)], -1)
 
+    @staticmethod
+    def before(x: torch.Tensor, distance: int) -> torch.Tensor:
+        """(..., N, K), of every token the one that lies so far before it, or zeros."""
+        return nn.functional.pad(x[..., :-distance, :], (0, 0, distance, 0))
+
     def forward(self, f: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         """Factors and what is added, each (..., N, K) -> h (..., N, K)."""
         f, h, tokens = self.turned(f), self.turned(i), i.shape[-2]
         distance = 1
         while distance < tokens:
-            h = h + f * nn.functional.pad(h[..., :-distance, :], (0, 0, distance, 0))
-            f = f * nn.functional.pad(f[..., :-distance, :], (0, 0, distance, 0))
+            h = h + f * self.before(h, distance)
+            f = f * self.before(f, distance)
             distance *= 2
         return self.turned(h)
 

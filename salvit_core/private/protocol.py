@@ -14,8 +14,10 @@ from ..models.attention.fused import Dropout
 from ..models.blocks import StochasticDepth
 from ..models.normalizers import Scaling
 from ..models.operations import (
+    BlockLinear,
     Gain,
     HeadLinear,
+    LinearScan,
     MatMul,
     Multiply,
     Repeat,
@@ -59,6 +61,7 @@ LIMIT = 2.0**16
 LINEAR = frozenset(
     {
         *(nn.Linear, nn.Conv2d, HeadLinear, TokenConv, Gain, MatMul, Multiply, SquaredNorm, Quad, LearnedQuad, Scaling),
+        *(BlockLinear, LinearScan),
         *(Take, TokenSum, Sum, SegmentMeans, Reweight, Resample, Repeat),
         *(nn.Identity, nn.Dropout, Dropout, StochasticDepth),
     }

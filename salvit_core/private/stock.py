@@ -22,10 +22,13 @@ from ..models.attention.fused import Dropout
 from ..models.blocks import StochasticDepth
 from ..models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from ..models.operations import (
+    LSTM,
+    BlockLinear,
     Divide,
     Exponential,
     Gain,
     HeadLinear,
+    LinearScan,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -39,6 +42,7 @@ from ..models.operations import (
     Take,
     TokenConv,
     TokenSum,
+    views,
 )
 from .domains import Span, spans
 from .links import Link
@@ -244,6 +248,52 @@ def gain(module: Gain, secret: Secrets, x: MPCTensor) -> MPCTensor:
     return x * secret["weight"]
 
 
+def block_linear(module: BlockLinear, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """A matrix per block of features: one Beaver product where blocks are alike, else one for each."""
+    rows = x.reshape(-1, x.size(-1))
+    if module.alike:
+        weight = _on_share(secret["weight"], torch.Tensor.view, -1, module.outputs[0], module.inputs[0])
+        rows = _on_share(rows, lambda part: part.view(len(part), -1, module.inputs[0]).transpose(0, 1))
+        made = rows.matmul(weight.transpose(-2, -1))  # (blocks, rows, outputs)
+        made = _on_share(made, lambda part: part.transpose(0, 1).flatten(1))
+    else:
+        shapes = list(zip(module.outputs, module.inputs))
+        weights = _on_share(secret["weight"], lambda part: tuple(views(part, shapes)))
+        parts, made = _on_share(rows, torch.Tensor.split, module.inputs, -1), []
+        for part, weight, (outputs, inputs) in zip(parts, weights, shapes):
+            nothing = _on_share(rows, lambda x, outputs=outputs: x.new_zeros(len(x), outputs))
+            made.append(part.matmul(weight.t()) if outputs and inputs else nothing)
+        made = crypten.cat(made, -1)
+    return made.reshape(*x.size()[:-1], made.size(-1)) + secret["bias"]
+
+
+def lstm(module: LSTM, secret: Secrets, z: MPCTensor) -> MPCTensor:
+    """A step after the other by Beaver products, CrypTen's sigmoid and CrypTen's tanh, all cells side by side."""
+    if not sum(module.cells):
+        return z
+    rows, weight = _on_share(z + secret["bias"], module.steps), _on_share(secret["weight"], module.factors)
+    states, c = [], None
+    for t in range(rows.size(1)):
+        read = rows[:, t] + states[-1].matmul(weight) if states else rows[:, t]  # (C, B, 4 K)
+        i, f, g, o = _on_share(read, torch.Tensor.chunk, 4, -1)
+        i, f, o = _on_share(crypten.cat([i, f, o], -1).sigmoid(), torch.Tensor.chunk, 3, -1)
+        entered = i * g.tanh()
+        c = entered if c is None else f * c + entered
+        states.append(o * c.tanh())
+    return _on_share(crypten.stack(states, 1), module.tokens, z.size()[:-2])
+
+
+def scan(module: LinearScan, secret: Secrets, f: MPCTensor, i: MPCTensor) -> MPCTensor:
+    """The steps of the clear operation by Beaver products: two for each doubling of the distance."""
+    f, h = _on_share(f, module.turned), _on_share(i, module.turned)
+    distance = 1
+    while distance < h.size(-2):
+        h = h + f * _on_share(h, module.before, distance)
+        f = f * _on_share(f, module.before, distance)
+        distance *= 2
+    return _on_share(h, module.turned)
+
+
 def moved(module: nn.Module, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """What only takes and adds up entries, the same on integers. Local."""
     return _on_share(x, module)
@@ -304,6 +354,9 @@ MODULES: dict[type, Callable] = {
     HeadLinear: head_linear,
     TokenConv: token_conv,
     Gain: gain,
+    BlockLinear: block_linear,
+    LSTM: lstm,
+    LinearScan: scan,
     Take: moved,
     TokenSum: moved,
     SegmentMeans: segment_means,
@@ -411,6 +464,18 @@ def _divide_domain(module: Divide, numerator: torch.Tensor, denominator: torch.T
     return spans("reciprocals of denominators", denominator + module.eps, RECIPROCAL)
 
 
+def _lstm_domain(module: LSTM, z: torch.Tensor) -> list[Span]:
+    """Of CrypTen's exponentials, whose exponent is -|x| for a sigmoid and -2 |x| for a tanh."""
+    seen: list[torch.Tensor] = []
+
+    def watch(read: torch.Tensor, c: torch.Tensor) -> None:
+        seen.append(-torch.stack([read.abs().amax(), 2 * read.chunk(4, -1)[2].abs().amax(), 2 * c.abs().amax()]))
+
+    if sum(module.cells):
+        module.run(z, watch)
+    return spans("exponents", torch.cat(seen), EXPONENT) if seen else []
+
+
 def _sigmoid_domain(module: nn.Module, x: torch.Tensor) -> list[Span]:
     return spans("exponents", -x.abs(), EXPONENT)
 
@@ -443,6 +508,7 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
     TanhGELU: _tanh_gelu_domain,
     Divide: _divide_domain,
     Exponential: _exponential_domain,
+    LSTM: _lstm_domain,
     NewtonInverse: lambda m, a: spans("reciprocals of row sums", a.sum(-1).amax(-1) + m.ridge, RECIPROCAL),
     PseudoInverse: lambda m, a: spans("reciprocals of column sums", a.sum(-2).amax(-1), RECIPROCAL),
 }

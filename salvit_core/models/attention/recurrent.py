@@ -11,7 +11,7 @@ Letters: B batch, N tokens, M dimension of the model, H heads, D dimension of a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ class Replacement(Mechanism):
 
     queried = False
     apart = True  # whether heads are independent of each other between `lower` and `projection`
-    lower: nn.Module
+    lower: Callable[[torch.Tensor], torch.Tensor]
     projection: nn.Linear
 
     def mix(self, u: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,8 @@ class GridLSTM(Replacement):
     """LSTMs along the rows of the token grid, then along its columns (ReNet, Visin et al., 2015): this study's own.
 
     Every row is a sequence of its own, then every column, so that about 2 sqrt(N) steps follow one another instead of
-    N, and each token has heard of all others after both. Forward and backward LSTMs of a head have hidden sizes that add
-    up to D, so that both ways together have as many states as one of `MultiLSTM`'s.
+    N, and each token has heard of all others after both. The hidden sizes of a head's two LSTMs add up to D, so that
+    both ways together have as many states as one of `MultiLSTM`'s.
 
     Where N is a square the grid is the image's. Where it is one more, the first is the class token: it stands before
     every row and before every column, and becomes the mean of what it is there. Otherwise the grid has ceil(sqrt(N))
@@ -223,12 +223,15 @@ class ParallelScan(Replacement):
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
         width = config.width
-        self.lower = of_kind("projection", nn.Identity())
         self.gates = of_kind("scores", nn.Linear(width, 4 * width))  # f of both directions, v of both
         self.activation = of_kind("activation", nn.Sigmoid())
         self.multiply = of_kind("values", Multiply())
         self.recurrence = of_kind("recurrence", LinearScan(width, width))
         self.projection = of_kind("projection", nn.Linear(2 * width, width))
+
+    def lower(self, x: torch.Tensor) -> torch.Tensor:
+        """Nothing: the gates are linear themselves."""
+        return x
 
     def mix(self, u: torch.Tensor) -> torch.Tensor:
         """(B, N, M) -> (B, N, 2 M)."""
@@ -251,11 +254,14 @@ class Mixer(Replacement):
 
     def __init__(self, config: "TransformerConfig"):
         super().__init__(config)
-        self.lower = of_kind("projection", nn.Identity())
         self.expand = of_kind("scores", nn.Linear(self.tokens, config.memory))
         self.activation = of_kind("activation", nn.GELU())
         self.contract = of_kind("values", nn.Linear(config.memory, self.tokens))
         self.projection = of_kind("projection", nn.Linear(config.width, config.width))
+
+    def lower(self, x: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return x
 
     def mix(self, u: torch.Tensor) -> torch.Tensor:
         """(B, N, M) -> (B, N, M)."""

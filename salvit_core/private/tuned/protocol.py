@@ -15,10 +15,13 @@ from ...models.attention.fused import Dropout
 from ...models.blocks import StochasticDepth
 from ...models.normalizers import L1, L2Q, Scaling, Softmax, TwoQuad, TwoReLU
 from ...models.operations import (
+    LSTM,
+    BlockLinear,
     Divide,
     Exponential,
     Gain,
     HeadLinear,
+    LinearScan,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -63,6 +66,7 @@ from .gates.exponential import exponential, exponential_domain
 from .gates.inverse import newton_inverse, newton_inverse_domain, pseudo_inverse, pseudo_inverse_domain
 from .gates.layernorm import layer_norm, layer_norm_domain
 from .gates.linear import conv2d, gain, head_linear, linear, token_conv
+from .gates.lstm import block_linear, lstm, lstm_domain, scan
 from .gates.maximum import max_pool2d, max_pool2d_domain, relu, relu_domain
 from .gates.move import cat, identity, layout, moved, pad, reweight, segment_means
 from .gates.normalise import (
@@ -93,6 +97,9 @@ MODULES: dict[type, Callable] = {
     HeadLinear: head_linear,
     TokenConv: token_conv,
     Gain: gain,
+    BlockLinear: block_linear,
+    LSTM: lstm,
+    LinearScan: scan,
     Take: moved,
     TokenSum: moved,
     SegmentMeans: segment_means,
@@ -166,6 +173,7 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
     L1: l1_domain,
     Divide: divide_domain,
     Exponential: exponential_domain,
+    LSTM: lstm_domain,
     NewtonInverse: newton_inverse_domain,
     PseudoInverse: pseudo_inverse_domain,
 }

@@ -141,8 +141,40 @@ def _full(left: torch.Tensor, theirs: list[torch.Tensor], low: torch.Tensor, end
     return first.add_(cross << WIDTH).add_(outer << 2 * WIDTH)
 
 
-def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor":
+class Blocks:
+    """The matrices of a block-diagonal product, ready: blocks that are alike as one factor, else one each.
+
+    Args:
+        weight: flat, the matrices (outputs, inputs) of the blocks one after the other.
+        inputs: of each block.
+        outputs: of each block.
+        bits: as `Factor`.
+    """
+
+    def __init__(self, weight: torch.Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...], bits: int):
+        self.inputs, self.alike = inputs, len(set(inputs)) == len(set(outputs)) == 1
+        parts = weight.flatten().split([k * m for k, m in zip(inputs, outputs)])
+        matrices = [part.view(m, k).t() for part, k, m in zip(parts, inputs, outputs)]
+        self.factors = [Factor(x, bits) for x in ([torch.stack(matrices)] if self.alike else matrices)]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., sum of inputs) -> (..., sum of outputs)."""
+        if self.alike:
+            rows = x.reshape(-1, len(self.inputs), self.inputs[0]).transpose(0, 1)  # (blocks, rows, K)
+            return product(rows, self.factors[0]).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        parts = zip(x.flatten(0, -2).split(self.inputs, -1), self.factors)
+        made = [product(part, factor) if part.shape[-1] else _nothing(part, factor) for part, factor in parts]
+        return torch.cat(made, -1).unflatten(0, x.shape[:-1])
+
+
+def _nothing(x: torch.Tensor, factor: Factor) -> torch.Tensor:
+    return x.new_zeros(len(x), factor.right.shape[-1])
+
+
+def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor | Blocks":
     """A weight, ready for `apply`: cut into limbs where the operation is a matrix product."""
+    if operation[0] == "blocks":
+        return Blocks(weight, *operation[1:], bits)
     if operation[0] == "grouped":
         apart = weight.unflatten(0, (operation[-1], -1))  # (G, C' / G, C / G, k, k)
         return apart[:, :, 0].contiguous() if apart.shape[2] == 1 else Factor(apart.flatten(2).mT.contiguous(), bits)
@@ -151,13 +183,17 @@ def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.T
     return Factor(weight.mT if operation[0] == "heads" else weight.flatten(1).t(), bits)
 
 
-def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor", bits: int = 64) -> torch.Tensor:
+def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor | Blocks", bits: int = 64) -> torch.Tensor:
     """An activation times a weight, in the ring.
 
     Operations: ("linear",), ("conv", kernel, stride, padding) and, where it is dilated, its dilation, ("grouped",
     kernel, stride, padding, dilation, groups), ("multiply",) entry by entry, ("heads",) a matrix per head that
-    multiplies the tokens, ("taps",) a kernel per head along the tokens.
+    multiplies the tokens, ("taps",) a kernel per head along the tokens, ("blocks", inputs, outputs) a matrix per block
+    of features.
     """
+    if operation[0] == "blocks":
+        return (weight if isinstance(weight, Blocks) else Blocks(weight, *operation[1:], bits)).product(x)
+    assert not isinstance(weight, Blocks)
     if operation[0] == "multiply":
         return x * weight
     if operation[0] == "taps":

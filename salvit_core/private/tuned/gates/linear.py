@@ -33,7 +33,10 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
             summed = value.shape[1:]
         else:
             summed = value.shape[-1:] if operation[0] != "multiply" else ()
-        session.tape.costs[session.here()].products += torch.Size(out).numel() * torch.Size(summed).numel()
+        count = torch.Size(out).numel() * torch.Size(summed).numel()
+        if operation[0] == "blocks":  # by block
+            count = x.shape[:-1].numel() * value.shape.numel()
+        session.tape.costs[session.here()].products += count
     if session.rank == CLIENT:
         session.send(x.data - r)
         return Share(share, x.bits + bits)
