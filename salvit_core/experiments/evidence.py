@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from .. import workspace
 from ..fields import Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
-from . import execute, store
+from . import execute, replaced, store
 from .profiles import Profile, profile
 from .runs import Run, TrainRun
 
@@ -112,6 +112,9 @@ def campaign(name: str = "reference") -> list[Run]:
         EA["EA softmax"],
         EA["EA L2Q"],
     ]
+    replacements = replaced.plan(size, "digits" if name == "smoke" else "cifar10").values()
+    for run in replacements:
+        every += [run.teacher, run]
     for seed in range(SEEDS):
         every += [size.training("cifar100", size.config("cifar100", **changes), seed=seed) for changes in main]
     return list(dict.fromkeys(every))

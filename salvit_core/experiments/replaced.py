@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .. import workspace
 from ..fields import Checked, Count, CountOrNone, Share
 from ..models import cost, maps
 from ..models.config import TransformerConfig
@@ -16,10 +17,9 @@ from ..models.vit import build
 from ..private.links import LINKS, Link
 from ..replacement.distillation import Distillation
 from ..replacement.pruning import Pruning
-from . import latency
-from .efficient import profile_of
-from .profiles import Profile
-from .runs import ClearRun, PrivateRun, ReplacementRun, TrainRun, replaced_config
+from . import store
+from .profiles import Profile, profile_of
+from .runs import ClearRun, PrivateRun, ReplacementRun, SearchRun, TrainRun, replaced_config
 
 # Mechanisms and what they are called here. "standard" is attention as the teacher has it, its three matrices drawn
 # anew: what the three stages do by themselves.
@@ -57,7 +57,7 @@ class Sizes(Checked):
 
 
 SIZES = {
-    "smoke": Sizes(("multi_lstm", "parallel_scan"), 1, 2, (1, 1, 1), (0.5,), (1, 1)),
+    "smoke": Sizes(("multi_lstm",), 1, 2, (1, 1, 1), (0.5,), (1, 1)),
     "quick": Sizes(("standard", "multi_lstm", "grid_lstm", "parallel_scan"), 1, 8, (4, 2, 1), (0.5,), (1, 1)),
     # CIFAR-10, 15,000 images, two cores.
     "reference": Sizes(tuple(NAMES), 3, 20, (6, 4, 1), (0.25, 0.5, 0.75), (3, 3)),
@@ -218,10 +218,13 @@ def said_of_pruning(table: pd.DataFrame) -> str:
 
 
 def networks(size: Profile, data: str) -> dict[str, TransformerConfig]:
-    """What is compared on shares: the rows of `BESIDE`, and the teacher with each replacement."""
+    """What is compared on shares: the rows of `BESIDE`, and the teacher with each replacement.
+
+    "lstm" is left out: it takes the rounds and the bytes of "multi_lstm", whose heads step together.
+    """
     small = profile_of(size)
-    made = {row: small.config(data, row) for row in BESIDE}
-    by = [name for name in SIZES[size.name].mechanisms if name != "standard"]
+    made = {row: small.config(data, row) for row in (BESIDE[:2] if size.name == "smoke" else BESIDE)}
+    by = [name for name in SIZES[size.name].mechanisms if name not in ("standard", "lstm")]
     return made | {NAMES[name]: replaced_config(made["SA softmax"], name) for name in by}
 
 
@@ -264,11 +267,13 @@ def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1
 
 def on_links(runs: Mapping[str, PrivateRun], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
     """Seconds of one image on shares: measured on loopback, modelled on the links; and how wrong the logits are."""
+    from .latency import on_link  # as in `priced`
+
     rows = {}
     for name, run in runs.items():
         if run in found:
             record = found[run]
-            rows[name] = {where: latency.on_link(record, link) for where, link in CONNECTIONS.items()}
+            rows[name] = {where: on_link(record, link) for where, link in CONNECTIONS.items()}
             rows[name] |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
@@ -291,18 +296,79 @@ def said_of_costs(table: pd.DataFrame) -> str:
             beaten = [name for name in BESIDE if name in seconds and seconds[best] < seconds[name]]
             told = f"less than {', '.join(beaten)}" if beaten else "more than every attention's"
             lines.append(
-                f"- **{where}, batch {batch}**: of the replacements {best} waits least for the link, {seconds[best]:.3g} "
+                f"- **{where}, batch {batch}**: of the replacements {best} waits least, {seconds[best]:.3g} "
                 f"s per image, {told} (SA softmax {seconds['SA softmax']:.3g} s)."
             )
     return "\n".join(lines)
 
 
+# The search among priced mechanisms (notebook 03), with recurrences among its choices: mechanism to row, or none.
+CHOICES = {"self": "SA L2Q", "external": "EA L2Q", "scaling": "SA scaling", "multi_lstm": None, "parallel_scan": None}
+
+
+def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str, float]]:
+    """A search that may choose a recurrence for a layer, priced on a WAN, and the prices of a layer in seconds.
+
+    The budget is what half the layers with self-attention and half with external attention take.
+    """
+    from .accuracy import prices  # as in `priced`
+
+    small = profile_of(size)
+    names = {name: row for name, row in CHOICES.items() if size.name != "smoke" or name != "multi_lstm"}
+    base = small.config(data, "SA L2Q")
+    made = {
+        name: small.config(data, row) if row else dataclasses.replace(base, attention=name)
+        for name, row in names.items()
+    }
+    known = prices(made, LINKS["WAN (Cheetah)"])
+    half = base.layers // 2
+    budget = round(half * known["self"] + (base.layers - half) * known["external"], 4)
+    return small.choice(data, base, known, budget, seed), known
+
+
+def clear(runs: Mapping[str, ClearRun], found: Mapping[ClearRun, dict]) -> pd.DataFrame:
+    """What each network costs in the clear: parameters, MFLOPs, and milliseconds per image at batch 1 and 32."""
+    rows = {}
+    for name, run in runs.items():
+        if run in found:
+            facts = found[run]["metrics"]
+            rows[name] = {"parameters": facts["parameters"], "mflops": facts["flops"] / 1e6}
+            for batch, seconds in facts["seconds"].items():
+                rows[name][f"ms_{batch}"] = 1e3 * pd.Series(seconds).median() / int(batch)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
 # What tokens move
+
+
+def with_weights(made: Plan, source: str) -> dict[str, ReplacementRun | TrainRun]:
+    """The teacher, what replaces it and what is pruned, of the first seed: those whose weights are here, by name.
+
+    For the project's own records the images must be here too: a few pictures are not worth a download.
+    """
+    first = min(seed for _, _, seed in made)
+    runs: dict[str, ReplacementRun | TrainRun] = {}
+    for (by, share, seed), run in made.items():
+        if seed == first and by in ("multi_lstm", "grid_lstm", "parallel_scan"):
+            runs.setdefault("teacher", run.teacher)
+            runs[f"{NAMES[by]}, pruned {share:.0%}" if share else NAMES[by]] = run
+    if source == "reference" and not (workspace.ROOT / "data" / "cifar-10-batches-py").is_dir():
+        return {}
+    return {name: run for name, run in runs.items() if store.path(run, source, ".pt").exists()}
 
 
 def importance(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[torch.Tensor]]:
     """Token importance of every block of each network, (N, N), the mean over the images."""
     return {name: maps.importance(model, inputs) for name, model in models.items()}
+
+
+def beside_rollout(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[np.ndarray]]:
+    """Maps for each image: attention rollout of the teacher, and what each network's answer moves with."""
+    rows = {}
+    if "teacher" in models:
+        rolled = maps.rollout(models["teacher"], inputs)
+        rows["teacher, rollout"] = [maps.grid(maps.read(models["teacher"], one)).numpy() for one in rolled]
+    return rows | patches(models, inputs)
 
 
 def heat(found: Mapping[str, list[torch.Tensor]], layer: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 salvit replace train --run data/runs/trainings/cct_4_3x2-SA-softmax-cifar10-0 --data cifar10
 salvit replace prune --run data/runs/replacements/... --share 0.5
-torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-Base --weights deit_base_patch16_224.pth \
+torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-Base --weights deit_base.pth \
     --data imagenet --batch-size 64 --block-ft-lr 2e-5 --block-ft-batch-size 64 --skip-train-attn
 """
 
@@ -267,7 +267,8 @@ def pruned(command: Prune) -> Path:
     if not process()[0]:
         gone = sum(row["pruned"] for row in result["channels"])
         print(
-            f"{gone} of {sum(row['hidden'] for row in result['channels'])} hidden units removed: {before} to {after} parameters"
+            f"{gone} of {sum(row['hidden'] for row in result['channels'])} hidden units removed: "
+            f"{before} to {after} parameters"
         )
     return _written(out, result, data, {"pruning": dataclasses.asdict(run)})
 

@@ -164,7 +164,7 @@ def cells(attention: MultiLSTM) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def norms(attention: MultiLSTM) -> torch.Tensor:
-    """|g| of every hidden unit, cell by cell: (sum of k). The diagonal of W_hh, row and column at once, counts twice."""
+    """|g| of every hidden unit, cell by cell: (sum of k). W_hh's diagonal, row and column at once, counts twice."""
     return torch.cat([_squares(*cell) for cell in cells(attention)]).clamp_min(1e-30).sqrt()
 
 
