@@ -1,4 +1,4 @@
-"""Replacement runs: their records and keys, what they wait for, the tables that are made of them, and what they cost."""
+"""Replacement runs: records, keys, what they wait for, the tables that are made of them, and what they cost."""
 
 import dataclasses
 import json
