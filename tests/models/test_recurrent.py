@@ -8,6 +8,7 @@ from sizes import mechanism
 from torch import nn
 
 from salvit_core import build, cost, preset
+from salvit_core.models.attention import recurrent
 from salvit_core.models.attention.recurrent import BiLSTM, MultiLSTM
 from salvit_core.models.graph import trace
 from salvit_core.models.operations import LSTM, BlockLinear, LinearScan
@@ -64,17 +65,21 @@ HIDDEN = {
     "pruned": [(3, 1), (0, 4), (2, 2)],
     "one way": [(5, 0)] * H,
     "a head of none": [(0, 0), (2, 0), (1, 1)],
+    "other way": [(0, 1), (0, 3), (0, 0)],
 }
 
 
+@pytest.mark.parametrize("joined", [0, recurrent.JOINED])
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_heads_are_separate_lstms(hidden, count):
+def test_heads_are_separate_lstms(hidden, count, joined, monkeypatch):
+    """A call each, one of all, and step by step, as a graph has it."""
+    monkeypatch.setattr(recurrent, "JOINED", joined)
     module, x = drawn(BiLSTM(D, hidden)), tokens(B, count, M)
     with torch.no_grad():
         expected = separately(module, x)
         assert (module(x) - expected).abs().max() < 1e-14
-        assert (module.recurrence(module.gates(x)) - expected).abs().max() < 1e-14  # as a graph has it
+        assert (module.recurrence(module.gates(x)) - expected).abs().max() < 1e-14
     assert expected.std() > 0.05
 
 
@@ -95,6 +100,20 @@ class Sized:
 
     def __init__(self, made):
         self.heads, self.tokens, self.width = made.heads, made.tokens, made.heads * made.head
+
+
+@pytest.mark.parametrize("joined", [0, recurrent.JOINED])
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+def test_gradients_are_those_of_the_steps(hidden, joined, monkeypatch):
+    monkeypatch.setattr(recurrent, "JOINED", joined)
+    module, x = drawn(BiLSTM(D, hidden)), tokens(B, 5, M).requires_grad_()
+    want = torch.randn(B, 5, sum(module.recurrence.cells)).double()
+    found, steps = (
+        torch.autograd.grad((want * y).sum(), (x, *module.parameters()))
+        for y in (module(x), module.recurrence(module.gates(x)))
+    )
+    for ours, expected in zip(found, steps, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 from test_private_efficient import privately
-from test_private_tuned import looks_random, on_grid, opened, polynomial, raw, together, whole
+from test_private_tuned import looks_random, on_grid, opened, polynomial, random_like_trained, raw, together, whole
 
 from salvit_core import build, preset, private
 from salvit_core.models.operations import LSTM, BlockLinear, LinearScan
 from salvit_core.private.tuned import gates
 from salvit_core.private.tuned import protocol as tuned
+from salvit_core.private.tuned.arithmetic import ring
 from salvit_core.private.tuned.arithmetic.share import Share
 
 ULP = 2.0**-13
@@ -85,8 +86,11 @@ def test_products_of_what_is_truncated_on_the_way(seed):
 BLOCKS = {"alike": ((4, 4, 4), (3, 3, 3)), "not alike": ((1, 5, 0), (4, 0, 2)), "one": ((300,), (3,))}
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("sizes", BLOCKS.values(), ids=BLOCKS)
-def test_block_linear(sizes):
+def test_block_linear(sizes, native, monkeypatch):
+    """Whether torch multiplies int64 or float64."""
+    monkeypatch.setattr(ring, "NATIVE", native)
     module = drawn(BlockLinear(*sizes))
     shared, clear, parties = privately(module, normal(2, 5, sum(sizes[0]), scale=6))
     assert (shared - clear).abs().max() <= 2.0**-40 and clear.abs().max() > 1
@@ -108,15 +112,20 @@ def test_lstm(hidden, bits):
     assert [party.rounds for party in parties] == [7 * 12 - 1] * 2
 
 
-# How the error grows: of 32 hidden units in 4 sequences, the largest after 64 and after 256 steps; and how a state that
-# hardly forgets, f about 0.98, gathers the errors of 50 steps.
-ALONG = {"as drawn": (1.0, 0.0), "wide weights": (3.0, 0.0), "slow to forget": (1.0, 4.0)}
-BOUNDS = {"as drawn": 1e-3, "wide weights": 6e-3, "slow to forget": 1e-2}
+# How wide weights are (1: as torch draws them), and what is added to the inputs of forget gates: f is about 0.98 with
+# 4, so that a state keeps the errors of 50 steps, and 0.999 with 7. Largest errors of 16, 64 and 256 steps, 32 hidden
+# units and 4 sequences (`gates.lstm.lstm` says what was seen).
+ALONG = {
+    "as drawn": (1.0, 0.0, (8e-4, 1e-3, 1e-3)),
+    "wide weights": (3.0, 0.0, (1e-3, 1.2e-3, 1.5e-3)),
+    "slow to forget": (1.0, 4.0, (1.6e-3, 3e-3, 3e-3)),
+    "all but a counter": (1.0, 7.0, (1.6e-3, 4e-3, 2e-2)),
+}
 
 
 @pytest.mark.parametrize("name", ALONG)
 def test_the_error_along_the_sequence_is_bounded(name):
-    scale, more = ALONG[name]
+    scale, more, bounds = ALONG[name]
     module = drawn(LSTM([(16, 16)]), scale=scale)
     z = normal(4, 256, 4 * 32, scale=2)
     for cell in (0, 64):
@@ -125,10 +134,11 @@ def test_the_error_along_the_sequence_is_bounded(name):
     error = (shared - clear).abs()
     error = torch.cat([error[..., :16], error[..., 16:].flip(1)], -1).amax((0, 2))  # by step
     worst = [error[:steps].max().item() for steps in (16, 64, 256)]
-    print(name, worst, error[192:].mean() / error[32:64].mean())
-    assert worst[2] <= BOUNDS[name] and clear.abs().max() > 0.5
-    # From some point on it does not grow any more.
-    assert error[192:].mean() <= 2 * error[32:64].mean()
+    assert all(seen <= bound for seen, bound in zip(worst, bounds, strict=True)), worst
+    assert clear.abs().max() > 0.5
+    # From some step on it does not grow any more, unless next to nothing is ever forgotten.
+    growth = error[192:].mean() / error[32:64].mean()
+    assert 2 < growth < 8 if name == "all but a counter" else growth < 1.5
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (0, 5), (5, 0)])
@@ -226,3 +236,18 @@ def test_stock_runs_them_as_estimated(attention):
     columns = ["layer", "kind", "rounds", "bytes", "serial_bytes", "offline_bytes"]
     assert result.operations[columns].equals(estimate.operations[columns])
     assert result.error < 0.05, result.error
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("attention", ["multi_lstm", "grid_lstm", "parallel_scan"])
+@pytest.mark.parametrize("image", [16, 32])
+def test_networks_of_64_and_256_tokens_are_right(image, attention):
+    """Between real parties, weights as wide as trained ones."""
+    torch.manual_seed(0)
+    config = preset("cct_2_3x1", attention=attention, **{**SIZES, "image": image, "layers": 1 + (image == 16)})
+    model = random_like_trained(build(config))
+    result = private.infer(model, torch.randn(1, 1, image, image), "tuned", drift=True)
+    assert config.tokens == (image // 2) ** 2
+    assert result.violations == [] and result.error < 0.01 and result.logits.abs().max() > 0.5
+    print(attention, config.tokens, result.error, result.rounds)
+    assert (result.drift["error"] <= 0.01 * result.drift["scale"]).all()

@@ -372,6 +372,8 @@ ROUNDS = {
     "hardsigmoid": (nn.Hardsigmoid(), 4),
     "silu": (nn.SiLU(), 4),
     "conv2d, a channel each": (nn.Conv2d(6, 6, 3, groups=6), 1),
+    "block linear": (operations.BlockLinear((1, 3), (3, 1)), 1),
+    "lstm": (operations.LSTM([(1, 0)]), 7 * 4 - 1),
     "quad": (Quad(), 1),
     "learned_quad": (LearnedQuad(4), 2),
     "layer_norm": (nn.LayerNorm(4, elementwise_affine=False), 5),

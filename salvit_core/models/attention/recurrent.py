@@ -3,13 +3,18 @@
 FAR's block is `MultiLSTM`. Two that follow cost a private inference fewer rounds, which a step of a recurrence asks for
 one after the other: `GridLSTM` makes about 2 sqrt(N) steps, `ParallelScan` log2 N.
 
-On real tokens a head's two LSTMs are one call of torch's LSTM (oneDNN's, cuDNN's), input and recurrence together; in a
-graph they are two operations, so that a private protocol makes the input's part of all steps in one product. On two
-cores a training step of one LSTM call per head took a tenth of a loop over the steps with all heads in one product.
+On real tokens torch's LSTM (oneDNN's, cuDNN's) makes input and recurrence together; in a graph they are two operations,
+so that a private protocol makes the input's part of all steps in one product. On two cores a training step by torch's
+LSTM took a tenth of what a loop over the steps did, with all heads in one product. A call for each head took 0.22 s and
+one of all heads, as an LSTM whose matrices are block-diagonal, 0.11 s with 4 heads of 16 features (64 images of 64
+tokens); with 3 heads of 64 it was 0.14 s and 0.11 s, with 4 of 64 1.3 s and 2.1 s (16 images of 256 tokens; coarse: the
+machine was shared). So heads are joined up to `JOINED` features, and on a GPU, which long sequences of small steps
+leave idle (not measured).
 
 Letters: B batch, N tokens, M dimension of the model, H heads, D dimension of a head, k hidden size of a cell.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +27,8 @@ from .mechanism import Mechanism
 
 if TYPE_CHECKING:
     from ..config import TransformerConfig
+
+JOINED = 192  # features of all heads together up to which a processor takes them as one LSTM
 
 Hidden = Sequence[tuple[int, int]]  # for every head: hidden sizes of its forward and its backward LSTM
 
@@ -80,6 +87,8 @@ class BiLSTM(nn.Module):
         if x.device.type == "cpu":
             x = x.to(self.recurrence.weight.dtype)  # not in bfloat16, where a processor has to emulate it
         rows = x.flatten(0, -3)  # (B, N, H D)
+        if x.is_cuda or rows.shape[-1] <= JOINED:
+            return self._joined(rows).unflatten(0, x.shape[:-2])
         states, cells = [], list(zip(self.recurrence.matrices(), self.recurrence.biases(), strict=True))
         maps = zip(self.gates.matrices(), self.gates.bias.split(self.gates.outputs), strict=True)
         for head, (part, (weight, bias)) in enumerate(zip(rows.split(self.gates.inputs, -1), maps, strict=True)):
@@ -95,6 +104,63 @@ class BiLSTM(nn.Module):
                 states.append(_lstm(part.flip(1), flat[1], sizes[1]).flip(1))
         made = torch.cat(states, -1) if states else rows[..., :0]
         return made.unflatten(0, x.shape[:-2])
+
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        """All heads as one LSTM each way: (B, N, H D) -> (B, N, sum of k)."""
+        gates, own, wide, ways, states = self.gates, self.recurrence, x.shape[-1], [], []
+        order, *places = (index.to(x.device) for index in _joined(gates.inputs, own.hidden))
+        for rows, *at in (places[:5], places[5:]):  # of the biases; of both weights, in the large one and here
+            count = len(rows)
+            read = gates.weight.new_zeros(count * wide).scatter(0, at[0], gates.weight[0, at[1]])
+            back = own.weight.new_zeros(count * count // 4).scatter(0, at[2], own.weight[0, at[3]])
+            biases = gates.bias[rows[:, 0]], own.bias[rows[:, 1]]
+            ways.append((read.view(count, wide), back.view(count, count // 4), *biases))
+        forward, backward = (way[1].shape[1] for way in ways)  # hidden sizes
+        if forward == backward != 0:
+            states.append(_lstm(x, [*ways[0], *ways[1]], forward))
+        else:
+            states += [_lstm(x, ways[0], forward)] if forward else []
+            states += [_lstm(x.flip(1), ways[1], backward).flip(1)] if backward else []
+        return torch.cat(states, -1)[..., order] if states else x[..., :0]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _joined(inputs: tuple[int, ...], hidden: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:
+    """Where numbers of heads stand in one LSTM of all, whose gates come one after the other.
+
+    Args:
+        inputs: features D of every head.
+        hidden: their hidden sizes.
+
+    Returns:
+        the place of every head's states, forward, then backward, among all forward and then all backward ones; and for
+        each way: of every row the places of its two biases (4 K, 2); of the map's weight the places in (4 K, H D) and
+        in the flat weight of a `BlockLinear`; of the recurrence's those in (4 K, K) and in the flat weight of a `LSTM`.
+    """
+    wide, found = sum(inputs), []
+    totals = [sum(sizes) for sizes in zip(*hidden, strict=True)]
+    order: list[list[int]] = [[] for _ in hidden]
+    for way, total in enumerate(totals):
+        rows = torch.zeros(4 * total, 2, dtype=torch.int64, device="cpu")
+        parts: list[list[torch.Tensor]] = [[], [], [], []]
+        column = unit = base = weight = bias = start = 0  # of this head: where its numbers begin
+        for head, (width, pair) in enumerate(zip(inputs, hidden, strict=True)):
+            k, before = pair[way], way * pair[0]  # `before`: the forward cell's
+            local = torch.arange(4 * k, device="cpu").view(4, k)
+            place = (torch.arange(4, device="cpu")[:, None] * total + unit + torch.arange(k, device="cpu")).flatten()
+            rows[place, 0], rows[place, 1] = base + 4 * before + local.flatten(), bias + 4 * before + local.flatten()
+            features, units = torch.arange(width, device="cpu"), torch.arange(k, device="cpu")
+            parts[0].append((place[:, None] * wide + column + features).flatten())
+            parts[1].append(weight + 4 * before * width + torch.arange(4 * k * width, device="cpu"))
+            parts[2].append((place[:, None] * total + unit + units).flatten())
+            parts[3].append(start + 4 * before * before + torch.arange(4 * k * k, device="cpu"))
+            order[head] += [way * totals[0] + unit + n for n in range(k)]
+            column, unit, base = column + width, unit + k, base + 4 * sum(pair)
+            weight, bias, start = weight + 4 * sum(pair) * width, base, start + 4 * sum(size * size for size in pair)
+        found += [rows, *map(torch.cat, parts)]
+    places = [place for head in order for place in head]
+    return [torch.tensor(places, dtype=torch.int64, device="cpu"), *found]
 
 
 def _lstm(x: torch.Tensor, weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:

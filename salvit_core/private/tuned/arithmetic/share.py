@@ -180,6 +180,7 @@ class Session:
         self.rank, self.bits, self.device = rank, bits, torch.device(device)
         self.recording, self.tape = False, Tape()
         self.meta = Dealing(rank, meta=True)
+        self.shapes: dict[tuple, tuple] = {}  # of what was asked for while recording, and words of corrections
         self.dealing = Dealing(rank)  # until keys are agreed on it has nothing to deal
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.clear: dict[str, torch.Tensor] = {}
@@ -201,9 +202,12 @@ class Session:
         node = self.here()
         if self.recording:
             self.tape.calls[node].append((name, arguments))
-            before = self.meta.corrected
-            made = CORRELATIONS[name](self.meta, *arguments)
-            self.tape.costs[node].offline += self.meta.corrected - before
+            if (name, arguments) not in self.shapes:  # the steps of a recurrence are alike, and so are layers
+                before = self.meta.corrected
+                made = CORRELATIONS[name](self.meta, *arguments)
+                self.shapes[name, arguments] = made, self.meta.corrected - before
+            made, words = self.shapes[name, arguments]
+            self.tape.costs[node].offline += words
             return made
         return self.ready[node].popleft()
 
