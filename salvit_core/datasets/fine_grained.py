@@ -36,10 +36,10 @@ def _matrix(path: Path, name: str) -> Any:
     """One variable of a MATLAB file, a row."""
     from scipy.io import loadmat  # comes with scikit-learn; half a second that no other data set needs
 
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: unpack the data set again, images and lists")
     try:
         return loadmat(path, squeeze_me=True)[name].reshape(-1)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: unpack the data set again, images and lists") from None
     except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{path} is truncated or corrupt ({last_line(error)}): fetch it again") from error
 

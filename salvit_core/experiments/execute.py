@@ -245,7 +245,7 @@ def _train_together(asked: list, label: str, minutes: float | None = None) -> bo
 
 def _needed(run: Training) -> list[Training]:
     """The trainings that one starts from, in order."""
-    teacher = [run.teacher] if run.teacher else []
+    teacher: list[Training] = [run.teacher] if run.teacher else []
     return [*teacher, run.unpruned()] if isinstance(run, ReplacementRun) and run.pruning else teacher
 
 

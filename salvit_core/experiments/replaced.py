@@ -110,7 +110,8 @@ def accuracies(made: Plan, found: Mapping[ReplacementRun, dict]) -> pd.DataFrame
         columns dataset, variant (a category), seed, accuracy (%), kept (points above the teacher), after_attention and
         after_blocks (%), parameters, seconds.
     """
-    rows, names = [], ["teacher", *NAMES.values()]
+    rows: list[dict] = []
+    names = ["teacher", *NAMES.values()]
     for (by, share, seed), run in made.items():
         if share or run not in found:
             continue

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -28,7 +28,6 @@ from ..training.checkpoint import load_weights, loaded
 from ..training.loop import train as train_network
 from ..training.preparation import others
 from ..training.processes import process, under_torchrun
-from ..training.recipe import Recipe
 from .distillation import ATTENTION_STAGE, HEAD_STAGE, LOSSES, Distillation, distil
 from .downstream import carried
 from .pruning import REGULARISERS, Pruning, hidden, prune, shaped
@@ -63,8 +62,8 @@ class Train(Common):
     --base-model with --weights.
     """
 
-    run: Path | None = None
-    """The teacher: folder that salvit train wrote."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--teacher"])] = None
+    """The teacher: folder that salvit train wrote. Under torchrun, which has a --run-path, say --teacher."""
     base_model: Annotated[str | None, tyro.conf.arg(aliases=["--scale"])] = None
     """The teacher by name: DeiT-Tiny, DeiT-Small or DeiT-Base (or Tiny, Small, Base), with --weights."""
     weights: Path | None = None
@@ -144,7 +143,7 @@ class Downstream(Common):
     Writes OUT/weights.pt and OUT/result.json.
     """
 
-    run: Annotated[Path | None, tyro.conf.arg(aliases=["--ds-pruned"])] = None
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--model-path", "--ds-pruned"])] = None
     """The network: folder that salvit train, replace train or replace prune wrote."""
     data: Annotated[str | None, tyro.conf.arg(aliases=["--dataset"])] = None
     """The other data set: cifar10, cifar100, flowers, cars, digits, ..."""
@@ -226,10 +225,11 @@ def train(command: Train) -> Path:
     if by not in ATTENTION:
         known = ", ".join(name.replace("_", "-") for name in ATTENTION)
         raise ValueError(f"rep-by {command.rep_by!r} is unknown: choose from {known}")
-    common = dict(weight_decay=command.weight_decay, warmup=command.warmup_epochs, augment=command.augment)
+    common: dict[str, Any] = {"weight_decay": command.weight_decay, "warmup": command.warmup_epochs}
+    common["augment"] = command.augment
     base = dataclasses.replace(ATTENTION_STAGE, batch=command.batch_size, erase=command.reprob, **common)
     attention = dataclasses.replace(base, epochs=command.epochs, lr=command.lr * command.batch_size / 512)
-    second = {"lr": command.block_ft_lr, "batch": command.block_ft_batch_size}
+    second: dict[str, Any] = {"lr": command.block_ft_lr, "batch": command.block_ft_batch_size}
     blocks = dataclasses.replace(base, epochs=command.block_ft_epochs, **second) if command.block_ft_epochs else None
     head = dataclasses.replace(base, epochs=command.head_epochs, lr=command.head_lr) if command.head_epochs else None
     stages = (None if command.skip_train_attn else attention, blocks, head)
@@ -254,11 +254,12 @@ def pruned(command: Prune) -> Path:
     recipe = dataclasses.replace(
         HEAD_STAGE, batch=command.batch_size, lr=command.lr, augment=command.augment, erase=command.reprob
     )
-    parts = [
+    sparsify, finetune = [
         dataclasses.replace(recipe, epochs=count) if count else None
         for count in (command.epochs, command.finetune_epochs)
     ]
-    run = Pruning(command.regulariser, command.coefficient, command.threshold, command.share, *parts, command.seed)
+    weights = (command.coefficient, command.threshold, command.share)
+    run = Pruning(command.regulariser, *weights, sparsify, finetune, command.seed)
     model, said = restored(command.run)
     data = _data(command, said, model)
     out = _folder(command, f"{command.run.resolve().name}-pruned-{command.regulariser}-{command.share:g}")  # type: ignore[union-attr]
@@ -278,9 +279,14 @@ def downstream(command: Downstream) -> Path:
     model, _ = restored(command.run)
     if command.data is None:
         raise ValueError("dataset is None: name the other data set, such as cifar100, flowers, cars or digits")
-    recipe = Recipe(
-        **{"epochs": command.epochs, "batch": command.batch_size, "lr": command.lr, "weight_decay": 0.05, "warmup": 5},
-        **{"augment": command.augment, "erase": command.reprob, "seed": command.seed},
+    recipe = dataclasses.replace(
+        HEAD_STAGE,
+        epochs=command.epochs,
+        batch=command.batch_size,
+        lr=command.lr,
+        augment=command.augment,
+        erase=command.reprob,
+        seed=command.seed,
     )
     data = _data(command, {}, model)
     made = carried(model, data, command.drop_path, command.seed)

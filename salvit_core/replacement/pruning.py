@@ -291,7 +291,7 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
         kept: which units stay.
     """
     layers = recurrent(model)
-    sizes = []
+    sizes: list[tuple | None] = []
     for attention, stays in zip(layers, kept, strict=True):
         if attention is None:
             sizes.append(None)
@@ -303,7 +303,7 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
     small.load_state_dict({name: theirs[name] for name in ours if ours[name].shape == theirs[name].shape}, strict=False)
     with torch.no_grad():
         for attention, stays, less in zip(layers, kept, recurrent(small), strict=True):
-            if attention is None:
+            if attention is None or less is None:
                 continue
             less.merge.bias.copy_(attention.merge.bias)
             pairs = zip(cells(attention), cells(less), _by_cell(attention, stays), strict=True)

@@ -108,8 +108,8 @@ def fit(
             group["lr"] = lr
         redraw(model, recipe.seed + epoch)
         model.train()
-        drawn = {"part": (rank, world), "erase": recipe.erase}
-        batches = datasets.batches(data.train, recipe.batch, recipe.augment, generator, **drawn)
+        share = (rank, world)
+        batches = datasets.batches(data.train, recipe.batch, recipe.augment, generator, part=share, erase=recipe.erase)
         for step, (images, labels) in enumerate(batches):  # this process's (B, C, height, width), (B,)
             whole = min(recipe.batch, len(data.train.labels) - seen)  # images of all processes
             with autocast(recipe.bf16, device):
