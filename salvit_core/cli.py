@@ -320,15 +320,14 @@ def visualize(command: Visualize) -> None:
     images = data.test.images[: command.n]
     moved = maps.importance(model, data.test.normalised(images))
     chosen = range(1, layers + 1) if command.block is None else (command.block,)
-    shown = {f"block {i}": moved[i - 1].clone().fill_diagonal_(float("nan")).numpy() for i in chosen}
+    shown = {f"block {i}": moved[i - 1].mean(0).fill_diagonal_(float("nan")).numpy() for i in chosen}
     out, note = command.out or command.run / "importance", f"Mean over {command.n} test images of {data.name}."  # type: ignore[operator]
     out.mkdir(parents=True, exist_ok=True)
     figures.heat_maps(shown, note=note, labels=("token that moves", "token that is moved")).savefig(out / "tokens.png")
     few = images[:8].permute(0, 2, 3, 1).squeeze(-1).numpy() / 255
-    each = [maps.importance(model, data.test.normalised(image[None])) for image in images[:8]]
-    rows = {f"block {i}": [maps.grid(maps.read(model, one[i - 1])).numpy() for one in each] for i in chosen}
+    rows = {f"block {i}": [maps.grid(maps.read(model, one)).numpy() for one in moved[i - 1][:8]] for i in chosen}
     figures.map_grid(list(few), rows, note).savefig(out / "patches.png")
-    numbers = {f"block {i}": moved[i - 1].tolist() for i in chosen}
+    numbers = {f"block {i}": moved[i - 1].mean(0).tolist() for i in chosen}
     workspace.write_json(out / "importance.json", {"data": data.name, "images": command.n, "importance": numbers})
     print(f"{out / 'tokens.png'}, {out / 'patches.png'}, {out / 'importance.json'}")
 

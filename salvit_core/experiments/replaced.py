@@ -358,36 +358,28 @@ def with_weights(made: Plan, source: str) -> dict[str, ReplacementRun | TrainRun
     return {name: run for name, run in runs.items() if store.path(run, source, ".pt").exists()}
 
 
-def importance(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """Token importance of every block of each network, (N, N), the mean over the images."""
-    return {name: maps.importance(model, inputs) for name, model in models.items()}
+def importance(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token importance of the last block of each network, image by image: (B, N, N)."""
+    return {name: maps.importance(model, inputs, last=1)[0] for name, model in models.items()}
 
 
-def beside_rollout(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[np.ndarray]]:
-    """Maps for each image: attention rollout of the teacher, and what each network's answer moves with."""
-    rows = {}
+def heat(found: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The mean over the images, the diagonal left out: the residual connection is there."""
+    return {name: moved.mean(0).fill_diagonal_(float("nan")).numpy() for name, moved in found.items()}
+
+
+def patches(
+    models: Mapping[str, nn.Module], found: Mapping[str, torch.Tensor], inputs: torch.Tensor
+) -> dict[str, list[np.ndarray]]:
+    """Pictures by image: the teacher's attention rollout, and how much each patch moves what each answer reads.
+
+    That is the last block's class token, or its mean token, as in `maps.read`.
+    """
+    seen = {name: maps.read(models[name], moved) for name, moved in found.items()}  # (B, N)
     if "teacher" in models:
         rolled = maps.rollout(models["teacher"], inputs)
-        rows["teacher, rollout"] = [maps.grid(maps.read(models["teacher"], one)).numpy() for one in rolled]
-    return rows | patches(models, inputs)
-
-
-def heat(found: Mapping[str, list[torch.Tensor]], layer: int) -> dict[str, np.ndarray]:
-    """Token importance in one block (from 1) of each network, the diagonal left out: the residual is there."""
-    shown = {}
-    for name, blocks in found.items():
-        moved = blocks[layer - 1].clone()
-        moved.fill_diagonal_(float("nan"))
-        shown[f"{name}, block {layer}"] = moved.numpy()
-    return shown
-
-
-def patches(models: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, list[np.ndarray]]:
-    """By network and image, how much each patch moves the last block's class token, or its mean token, as pictures."""
-    return {
-        name: [maps.grid(maps.read(model, maps.importance(model, one[None])[-1])).numpy() for one in inputs]
-        for name, model in models.items()
-    }
+        seen = {"teacher, rollout": maps.read(models["teacher"], rolled), **seen}
+    return {name: [maps.grid(one).numpy() for one in tokens] for name, tokens in seen.items()}
 
 
 def _parameters(config: TransformerConfig) -> int:

@@ -131,9 +131,10 @@ def test_importance_is_shown_without_its_diagonal(root, made, found):
     assert list(here) == ["teacher", "multi-head BiLSTM", "multi-head BiLSTM, pruned 50%"]
     models = {name: execute.trained(run) for name, run in here.items()}
     images = torch.randn(2, 1, 8, 8)
-    shown = replaced.heat(replaced.importance(models, images), 1)
+    moved = replaced.importance(models, images)
+    shown = replaced.heat(moved)
     assert all(picture.shape == (16, 16) and pd.isna(picture.diagonal()).all() for picture in shown.values())
-    rows = replaced.beside_rollout(models, images)
+    rows = replaced.patches(models, moved, images)
     assert list(rows)[0] == "teacher, rollout" and all(
         len(row) == 2 and row[0].shape == (4, 4) for row in rows.values()
     )
