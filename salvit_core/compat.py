@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def repair() -> None:
@@ -41,6 +42,37 @@ def without_compiler() -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+# Functions whose result has the shape of their arguments together, and those that write it over the first.
+ENTRYWISE = {
+    *(torch.mul, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.sub, torch.Tensor.__rsub__),
+    *(torch.Tensor.__xor__, torch.Tensor.__and__, torch.Tensor.__lshift__, torch.Tensor.__rshift__),
+    *(torch.Tensor.neg, torch.Tensor.__rmul__),
+}
+IN_PLACE = {
+    *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.div_, torch.Tensor.neg_),
+    *(torch.Tensor.__ixor__, torch.Tensor.__iand__, torch.Tensor.__irshift__, torch.Tensor.__ilshift__),
+}
+
+
+class Shapes(TorchFunctionMode):
+    """Finds the shapes of entrywise functions by itself: torch's way, in Python, takes most of the time on meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """What `func` gives, without its values where some argument has none."""
+        if not kwargs and (func in IN_PLACE or func in ENTRYWISE):
+            parts = [part for part in args if isinstance(part, torch.Tensor)]
+            if any(part.is_meta for part in parts):
+                if func in IN_PLACE:
+                    return args[0]
+                shape = parts[0].shape
+                if shape != parts[-1].shape:
+                    shape = torch.broadcast_shapes(shape, parts[-1].shape)
+                return torch.empty(
+                    shape, dtype=torch.result_type(*args[:2]) if len(args) > 1 else args[0].dtype, device="meta"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def _alias_onnx_registration() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from .. import compat
 from ..models.graph import parameters_of
@@ -28,16 +27,6 @@ from .stock import Stock  # noqa: E402
 
 META = torch.device("meta")
 
-# Functions whose result has the shape of their arguments together, and those that write it over the first.
-ENTRYWISE = {
-    *(torch.mul, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.sub, torch.Tensor.__rsub__),
-    *(torch.Tensor.__xor__, torch.Tensor.__and__, torch.Tensor.__lshift__),
-}
-IN_PLACE = {
-    *(torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.div_, torch.Tensor.neg_),
-    *(torch.Tensor.__ixor__, torch.Tensor.__iand__, torch.Tensor.__irshift__, torch.Tensor.__ilshift__),
-}
-
 
 def rehearse(graph: torch.fx.GraphModule, shape: tuple[int, ...]) -> list[dict]:
     """The rows that the client of a session with `stock` would count for one query, without its seconds.
@@ -47,7 +36,7 @@ def rehearse(graph: torch.fx.GraphModule, shape: tuple[int, ...]) -> list[dict]:
         shape: of the images.
     """
     protocol = Stock()
-    with _in_place_of_the_parties(), META, Shapes(), torch.no_grad(), crypten.no_grad():
+    with _in_place_of_the_parties(), META, compat.Shapes(), torch.no_grad(), crypten.no_grad():
         network = Rehearsal(graph, protocol)
         network.share_weights(CLIENT)
         protocol.prepare(network, shape, 1, CLIENT, Namespace(link=None), {})
@@ -86,20 +75,6 @@ class Silent(Communicator):
     def all_reduce(self, input, op=None, batched=False):
         """Tensors of the shapes of the sums."""
         return [part.clone() for part in input] if batched else input.clone()
-
-
-class Shapes(TorchFunctionMode):
-    """Finds the shapes of entrywise functions by itself: torch's way, in Python, takes most of a rehearsal's time."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """What `func` gives, without its values."""
-        if func in IN_PLACE:
-            return args[0]
-        if func in ENTRYWISE and not kwargs:
-            shapes = [part.shape for part in args if isinstance(part, torch.Tensor)]
-            shape = shapes[0] if shapes[0] == shapes[-1] else torch.broadcast_shapes(*shapes)
-            return torch.empty(shape, dtype=torch.result_type(*args), device=META)
-        return func(*args, **(kwargs or {}))
 
 
 class Rehearsal(SecretInterpreter):

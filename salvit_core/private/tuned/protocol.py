@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from ...compat import without_compiler
+from ...compat import Shapes, without_compiler
 from ...models.activations import LearnedQuad, Quad, TanhGELU
 from ...models.attention.fused import Dropout
 from ...models.blocks import StochasticDepth
@@ -270,10 +270,11 @@ class Tuned(Protocol):
 
     def record(self, network, shape: tuple, reveal: str) -> None:
         """Run a query on shapes alone: what it needs of the dealer, and sends, comes to be on the session's tape."""
-        logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
-        self.note(len(session.tape.calls))
-        self.reveal = reveal
-        session.send(answer(logits, reveal).data)
+        with Shapes():
+            logits = network.record(Share(torch.empty(shape, dtype=torch.int64, device="meta"), session.bits))
+            self.note(len(session.tape.calls))
+            self.reveal = reveal
+            session.send(answer(logits, reveal).data)
 
     @contextlib.contextmanager
     def schedule(self, charge: Callable[[int], None]) -> Iterator[Schedule | None]:
