@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -166,3 +167,27 @@ def test_processes_of_torchrun_share_the_work(folder, tmp_path):
         )
         assert other["test_accuracy"] == pytest.approx(stage["test_accuracy"], abs=2)
     assert done.stdout.count("test accuracy") == 1
+
+
+@pytest.mark.processes
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder, tmp_path):
+    """In the first stage, in the second, and whenever half a second later is."""
+    options = f"train --teacher {folder}/teacher --epochs 3 --batch-size 64 --lr 3e-2 --block-ft-epochs 3".split()
+    options += ["--block-ft-batch-size", "64", "--head-epochs", "2", *QUICK]
+    cli.main(["replace", *options, "--out", str(tmp_path / "whole")])
+    command = [sys.executable, "-m", "salvit_core.replacement", *options, "--out", str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for wanted in ("attention_*.pt", "blocks_*.pt", "blocks_*.pt"):
+        started = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "parts").glob(wanted)) and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        started.kill()
+        started.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, parts = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
