@@ -485,6 +485,6 @@ def test_the_commands_have_the_options_that_are_swept():
     modes |= {"replace train": replacement.Train, "replace downstream": replacement.Downstream}
     del here["replace"]  # its modes have the options
     for command, kind in {**kinds, **here, **modes}.items():
-        names = {field.name for field in dataclasses.fields(kind)} - {"list", "publish"}
+        names = {field.name.replace("_", "-") for field in dataclasses.fields(kind)} - {"list", "publish"}
         assert names == set(OPTIONS[command].split()) - {"nonsense"}
     assert set(cli.COMMANDS) == {command.split()[0] for command in OPTIONS} - {"server", "client"} | {"party"}

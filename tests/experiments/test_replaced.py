@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from salvit_core import workspace
-from salvit_core.experiments import evidence, execute, profiles, replaced, store
+from salvit_core import build, preset, workspace
+from salvit_core.experiments import accuracy, evidence, execute, profiles, replaced, store
 from salvit_core.experiments.runs import EvaluationRun, ReplacementRun, run_of
 from salvit_core.models import cost
+from salvit_core.private import Link
+from salvit_core.private.estimation import estimate
 from salvit_core.replacement.pruning import Pruning
 from salvit_core.training import evaluate
 
@@ -138,3 +140,27 @@ def test_importance_is_shown_without_its_diagonal(root, made, found):
     assert list(rows)[0] == "teacher, rollout" and all(
         len(row) == 2 and row[0].shape == (4, 4) for row in rows.values()
     )
+
+
+def test_the_priced_search_may_choose_a_recurrence(root):
+    """The price of a scan has its sigmoid in it, that of an LSTM its steps; the search runs to its end."""
+    search, prices = replaced.choice(SMOKE, "digits")
+    assert list(prices) == ["self", "external", "scaling", "parallel_scan"] and min(prices.values()) > 0
+    assert search.search.choices == tuple(prices) and search.search.budget > 4 * min(prices.values())
+    record = execute.ensure(search)
+    assert set(record["metrics"]["architecture"]) <= set(prices)
+    sizes = profiles.profile("quick")
+    assert list(replaced.choice(sizes, "digits")[1])[3:] == ["multi_lstm", "parallel_scan"]
+
+
+def test_a_price_has_the_gates_of_a_recurrence_in_it():
+    """On a link that has only rounds, one a second: what all but the MLP and the norms of a layer take."""
+    link, found = Link(2.0, 1e30), {}
+    for name in ("scaling", "parallel_scan", "multi_lstm"):
+        config = preset("cct_2_3x1", attention=name)
+        steps = estimate(build(config), (1, 1, 8, 8)).operations
+        layers = steps[steps["layer"].str.startswith("block")]
+        found[name] = layers["rounds"].sum() / 2, accuracy.prices({name: config}, link)[name]
+    for name, (rounds, price) in found.items():  # what is not attention's is the same in all three
+        assert rounds - found["scaling"][0] == pytest.approx(price - found["scaling"][1], abs=1.5), name
+    assert found["multi_lstm"][1] > found["parallel_scan"][1] > found["scaling"][1]
