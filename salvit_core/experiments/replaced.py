@@ -234,9 +234,12 @@ def clear_runs(configs: Mapping[str, TransformerConfig], seed: int = 0) -> dict[
     return {name: ClearRun(config, (1, 32), seed=seed) for name, config in configs.items()}
 
 
-def private_runs(configs: Mapping[str, TransformerConfig], seed: int = 0) -> dict[str, PrivateRun]:
-    """One query of one image to each network on shares."""
-    return {name: PrivateRun(config, seed=seed) for name, config in configs.items()}
+def private_runs(
+    size: Profile, configs: Mapping[str, TransformerConfig], seed: int = 0
+) -> dict[tuple[str, int], PrivateRun]:
+    """One query to each network on shares, by method and batch: of one image, in the long profiles of 32 as well."""
+    batches = (1,) if size.name in ("smoke", "quick") else (1, 32)
+    return {(name, n): PrivateRun(config, batch=n, seed=seed) for n in batches for name, config in configs.items()}
 
 
 CONNECTIONS: dict[str, Link | None] = {"loopback": None, "LAN": LINKS["LAN (Cheetah)"], "WAN": LINKS["WAN (Cheetah)"]}
@@ -266,17 +269,24 @@ def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1
     return table.assign(method=pd.Categorical(table["method"], list(configs)))
 
 
-def on_links(runs: Mapping[str, PrivateRun], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
-    """Seconds of one image on shares: measured on loopback, modelled on the links; and how wrong the logits are."""
+def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
+    """Seconds per image on shares: measured on loopback, modelled on the links; and how wrong the logits are.
+
+    Returns:
+        indexed by method and batch: a column per link of `CONNECTIONS`, error, right.
+    """
     from .latency import on_link  # as in `priced`
 
-    rows = {}
-    for name, run in runs.items():
+    rows = []
+    for (name, batch), run in runs.items():
         if run in found:
             record = found[run]
-            rows[name] = {where: on_link(record, link) for where, link in CONNECTIONS.items()}
-            rows[name] |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+            row = {"method": name, "batch": batch}
+            row |= {where: on_link(record, link) / batch for where, link in CONNECTIONS.items()}
+            rows.append({**row, "error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]})
+    return pd.DataFrame(rows, columns=["method", "batch", *CONNECTIONS, "error", "right"]).set_index(
+        ["method", "batch"]
+    )
 
 
 def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

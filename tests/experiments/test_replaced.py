@@ -164,3 +164,15 @@ def test_a_price_has_the_gates_of_a_recurrence_in_it():
     for name, (rounds, price) in found.items():  # what is not attention's is the same in all three
         assert rounds - found["scaling"][0] == pytest.approx(price - found["scaling"][1], abs=1.5), name
     assert found["multi_lstm"][1] > found["parallel_scan"][1] > found["scaling"][1]
+
+
+@pytest.mark.processes
+def test_seconds_on_links_are_per_image(root):
+    configs = {"SA softmax": preset("cct_2_3x1"), "multi-head BiLSTM": preset("cct_2_3x1", attention="multi_lstm")}
+    runs = replaced.private_runs(profiles.profile("reference"), configs)
+    assert list(runs) == [(name, batch) for batch in (1, 32) for name in configs]
+    some = {which: run for which, run in runs.items() if which[0] == "multi-head BiLSTM"}
+    table = replaced.on_links(some, execute.collect(some.values()))
+    assert table["right"].all() and (table["WAN"] > table["LAN"]).all() and (table["LAN"] > table["loopback"]).all()
+    waits = table["WAN"] - table["loopback"]
+    assert waits["multi-head BiLSTM", 32] < waits["multi-head BiLSTM", 1] / 16  # the rounds are shared
