@@ -185,7 +185,7 @@ WORDS_OF = {  # where a good value is a rare word
     "device": st.sampled_from(["cpu", "cuda", "meta", "tpu", "cpu:7"]),
     "shape": st.lists(st.integers(-1, 9) | st.sampled_from([1.0, None, "8", 10**9]), min_size=3, max_size=5)
     | st.just((1, 1, 8, 8)),
-    "speed": st.just(private.Speed(1e-4, 1e-8, 1e-8, 1e-9)),
+    "speed": st.just(private.Speed(1e-4, 1e-8, 1e-8, 1e-9, 1e-9)),
     "dataset": st.just(torch.zeros(2, 1, 8, 8)),
     "config": st.sampled_from([TINY, preset("vit_2"), CCTConfig, "cct_2_3x1", {}]),
     "fields": st.dictionaries(st.sampled_from(["width", "heads", "patch", "image", "depth"]), VALUES, max_size=2),

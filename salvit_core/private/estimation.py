@@ -29,7 +29,8 @@ from .tuned.arithmetic.share import BITS, session
 _ONE_AT_A_TIME = threading.Lock()  # the session is this process's only one
 
 # What a machine's seconds are made of, per unit: see `Speed`.
-WORK = ("rounds", "words", "offline_words", "products")
+WORK = ("rounds", "words", "offline_words", "products", "uncached_words")
+CACHED = 2**17  # words of one layer's operations, 1 MiB: what a core has near it
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Speed:
         words: of one 64-bit word that is opened: masked, sent, and worked on.
         offline_words: of one word of corrections that the dealer makes.
         products: of one multiplication of ring elements in a matrix product or convolution.
+        uncached_words: what each word of either kind beyond the first `CACHED` of a layer's operations takes besides.
     """
 
     rounds: float
     words: float
     offline_words: float
     products: float
+    uncached_words: float
 
 
 @dataclass(frozen=True)
@@ -148,13 +151,15 @@ def estimate(
 
 
 def work(table: pd.DataFrame) -> pd.DataFrame:
-    """A table's work in the units of `Speed`: columns rounds, words, offline_words and products."""
-    words = {"words": table["bytes"] / 8, "offline_words": table["offline_bytes"] / 8}
-    return pd.DataFrame({"rounds": table["rounds"], **words, "products": table["products"]})
+    """The work of a table with a row per layer and kind, in the units of `Speed`: columns `WORK`."""
+    words, offline = table["bytes"] / 8, table["offline_bytes"] / 8
+    uncached = (words + offline - CACHED).clip(lower=0)
+    columns = (table["rounds"], words, offline, table["products"], uncached)
+    return pd.DataFrame(dict(zip(WORK, columns, strict=True)))
 
 
 def modelled(table: pd.DataFrame, speed: Speed) -> pd.Series:
-    """Seconds of every row on loopback."""
+    """Seconds on loopback of every row of such a table."""
     units = work(table)
     return sum((getattr(speed, name) * units[name] for name in WORK), start=pd.Series(0.0, units.index))
 

@@ -272,7 +272,8 @@ def lstm(module: LSTM, secret: Secrets, z: MPCTensor) -> MPCTensor:
     if not sum(module.cells):
         return z
     rows, weight = _on_share(z + secret["bias"], module.steps), _on_share(secret["weight"], module.factors)
-    states, c = [], None
+    states: list[MPCTensor] = []
+    c = None
     for t in range(rows.size(1)):
         read = rows[:, t] + states[-1].matmul(weight) if states else rows[:, t]  # (C, B, 4 K)
         i, f, g, o = _on_share(read, torch.Tensor.chunk, 4, -1)

@@ -158,6 +158,13 @@ def test_parameters_of_deit_with_fars_block(name):
     assert float(f"{count:.4g}") == FAR[name]
 
 
+@pytest.mark.parametrize("name", NEW)
+def test_no_biases_of_queries_where_there_are_none(name):
+    assert "qkv_bias" in preset("deit_tiny", attention=name).ignored()
+    both = preset("deit_tiny", attention=(name, *["self"] * 11))
+    assert "qkv_bias" not in both.ignored()
+
+
 def test_fewer_hidden_units_are_fewer_parameters():
     whole, less = (MultiLSTM(Sized(mechanism("self", M, H, 4)), hidden) for hidden in (None, HIDDEN["pruned"]))
     assert cost.parameters(whole) == 2 * (M * M + M) + H * (2 * (8 * D * D + 8 * D) + 2 * D * D + D)

@@ -230,6 +230,9 @@ NETWORKS = {
     "SAL-ViT at paper size": lambda: random(CCT, "cct_7_3x1", "SAL-ViT B=1", layers=2),
     "SA softmax": lambda: random(CCT, "cct_4_3x1", "SA softmax"),
     "a head's width that is no power of four": lambda: random(ViT, "vit_tiny", "SA softmax", layers=1),
+    "recurrent layers": lambda: random(
+        CCT, "cct_4_3x1", attention=("multi_lstm", "lstm", "grid_lstm", "parallel_scan"), layers=4
+    ),
     "tokens that are no power of two": lambda: random(ViT, "vit_tiny", "SA scaling", layers=1),
     "tokens that are no power of two, external": lambda: random(ViT, "vit_tiny", "EA scaling", layers=1),
 }

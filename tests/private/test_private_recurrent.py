@@ -114,12 +114,12 @@ def test_lstm(hidden, bits):
 
 # How wide weights are (1: as torch draws them), and what is added to the inputs of forget gates: f is about 0.98 with
 # 4, so that a state keeps the errors of 50 steps, and 0.999 with 7. Largest errors of 16, 64 and 256 steps, 32 hidden
-# units and 4 sequences (`gates.lstm.lstm` says what was seen).
+# units and 4 sequences: twice the worst of many draws of masks, or more (`gates.lstm.lstm` says what is usual)
 ALONG = {
-    "as drawn": (1.0, 0.0, (8e-4, 1e-3, 1e-3)),
-    "wide weights": (3.0, 0.0, (1e-3, 1.2e-3, 1.5e-3)),
-    "slow to forget": (1.0, 4.0, (1.6e-3, 3e-3, 3e-3)),
-    "all but a counter": (1.0, 7.0, (1.6e-3, 4e-3, 2e-2)),
+    "as drawn": (1.0, 0.0, (1e-3, 1.2e-3, 1.4e-3)),
+    "wide weights": (3.0, 0.0, (2e-3, 2e-3, 2.5e-3)),
+    "slow to forget": (1.0, 4.0, (2e-3, 3.5e-3, 4e-3)),
+    "all but a counter": (1.0, 7.0, (2e-3, 6e-3, 2.5e-2)),
 }
 
 
@@ -138,7 +138,7 @@ def test_the_error_along_the_sequence_is_bounded(name):
     assert clear.abs().max() > 0.5
     # From some step on it does not grow any more, unless next to nothing is ever forgotten.
     growth = error[192:].mean() / error[32:64].mean()
-    assert 2 < growth < 8 if name == "all but a counter" else growth < 1.5
+    assert growth > 1.5 if name == "all but a counter" else growth < 2
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (0, 5), (5, 0)])

@@ -119,7 +119,7 @@ def test_a_dealer_of_stock_sends_what_the_estimate_says():
 
 
 def test_an_estimate_grows_with_the_batch_and_knows_the_link():
-    model, speed = CCT(preset("cct_2_3x1", "SA L2Q")), Speed(1e-4, 1e-8, 1e-8, 1e-9)
+    model, speed = CCT(preset("cct_2_3x1", "SA L2Q")), Speed(1e-4, 1e-8, 1e-8, 1e-9, 1e-9)
     one, four = (estimate(model, (batch, 1, 8, 8), speed=speed) for batch in (1, 4))
     assert one.rounds == four.rounds and 3 < four.bytes / one.bytes < 4.1 and one.dealer_bytes < four.dealer_bytes
     assert one.seconds < four.seconds and estimate(model, (1, 1, 8, 8)).seconds is None
@@ -138,7 +138,7 @@ def test_an_estimate_grows_with_the_batch_and_knows_the_link():
         (lambda m: estimate(m, (1, 1, 8, 8), bits=4), "bits is 4: give 8 to 22"),
         (lambda m: estimate(m, (1, 1, 8, 8), reveal="all"), "reveal 'all' is unknown: choose from logits, label"),
         (lambda m: estimate(m, (1, 1, 8, 8), "stock", reveal="label"), "opens the logits: choose tuned"),
-        (lambda m: estimate(m, (1, 1, 8, 8), "stock", speed=Speed(1, 1, 1, 1)), "cannot be modelled: a speed is of"),
+        (lambda m: estimate(m, (1, 1, 8, 8), "stock", speed=Speed(1, 1, 1, 1, 1)), "cannot be modelled: a speed is of"),
         (
             lambda m: estimate(torch.nn.Sequential(torch.nn.Linear(4, 4)), (1, 1, 8, 8)),
             r"shape \(1, 1, 8, 8\) do not fit the network: ",

@@ -240,9 +240,10 @@ class GridLSTM(Replacement):
             raise ValueError(f"hidden sizes {hidden}: give {self.heads} pairs that add up to {head}")
         side = math.isqrt(tokens)
         self.first = int(tokens == side * side + 1 and tokens > 2)  # class tokens
-        self.columns = side if self.first or side * side == tokens else side + 1
-        self.rows = -(-(tokens - self.first) // self.columns)
-        grid = [[self._at(r, c) for c in range(self.columns)] for r in range(self.rows)]
+        columns = side if self.first or side * side == tokens else side + 1
+        self.counts = -(-(tokens - self.first) // columns), columns  # rows and columns
+        places = [[r * columns + c for c in range(columns)] for r in range(self.counts[0])]
+        grid = [[self.first + n % (tokens - self.first) for n in row] for row in places]
         lines = [[*range(self.first), *line] for line in grid], [[*range(self.first), *line] for line in zip(*grid)]
         self.lower = of_kind("projection", nn.Linear(config.width, config.width))
         self.along = of_kind("scores", nn.ModuleList(Take([n for line in part for n in line]) for part in lines))
@@ -255,12 +256,9 @@ class GridLSTM(Replacement):
         self.merge = of_kind("values", BlockLinear([head] * self.heads, [head] * self.heads))
         self.projection = of_kind("projection", nn.Linear(config.width, config.width))
 
-    def _at(self, row: int, column: int) -> int:
-        return self.first + (row * self.columns + column) % (self.tokens - self.first)
-
     def mix(self, u: torch.Tensor) -> torch.Tensor:
         """(B, N, M) -> (B, N, M)."""
-        for way, count in enumerate((self.rows, self.columns)):
+        for way, count in enumerate(self.counts):
             lines = self.along[way](u).unflatten(1, (count, -1))  # (B, lines, steps, M)
             u = self._tokens(way, count, self.lstm[way](lines))
         return self.merge(u)

@@ -15,6 +15,8 @@ What differs from stock, and where it comes from:
   is in several products is opened masked once.
 - Sums are normalised after the product with the values; max-pooling is separable and comes before its ReLU;
   LayerNorm's scale and shift move into the linear maps that read it.
+- A step of an LSTM takes seven rounds (`gates.lstm`): a curve without digits, products that truncate their factors. A
+  recurrence that is linear in its state takes log2 N in all.
 - Scales are bookkeeping: each share knows its fractional bits, so that powers of two cost nothing.
 - Openings that need nothing of each other travel together (`arithmetic.schedule`): of CCT-7/3x1 with SAL-ViT B=3 that
   makes 247 rounds of 276.

@@ -174,7 +174,7 @@ def _nothing(x: torch.Tensor, factor: Factor) -> torch.Tensor:
 def prepared(operation: tuple, weight: torch.Tensor, bits: int = 64) -> "torch.Tensor | Factor | Blocks":
     """A weight, ready for `apply`: cut into limbs where the operation is a matrix product."""
     if operation[0] == "blocks":
-        return Blocks(weight, *operation[1:], bits)
+        return Blocks(weight, operation[1], operation[2], bits)
     if operation[0] == "grouped":
         apart = weight.unflatten(0, (operation[-1], -1))  # (G, C' / G, C / G, k, k)
         return apart[:, :, 0].contiguous() if apart.shape[2] == 1 else Factor(apart.flatten(2).mT.contiguous(), bits)
@@ -192,7 +192,7 @@ def apply(operation: tuple, x: torch.Tensor, weight: "torch.Tensor | Factor | Bl
     of features.
     """
     if operation[0] == "blocks":
-        return (weight if isinstance(weight, Blocks) else Blocks(weight, *operation[1:], bits)).product(x)
+        return (weight if isinstance(weight, Blocks) else Blocks(weight, operation[1], operation[2], bits)).product(x)
     assert not isinstance(weight, Blocks)
     if operation[0] == "multiply":
         return x * weight

@@ -123,14 +123,15 @@ def quartics(x: Share, name: str) -> Share:
     return truncate(piecewise(x, _quartics(name, bits), max(0, bits - LINES)), session.bits)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def logistic_of(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), to be fitted."""
     return 1 / (1 + np.exp(-x))
 
 
 # By name: the function, where its segments end, and what it is beyond them.
 _SMOOTH = {
-    "sigmoid": (_sigmoid, (2.75, 7.5), ([0.0, 0.0], [1.0, 0.0])),
-    "silu": (lambda x: x * _sigmoid(x), (2.75, 10.0), ([0.0, 0.0], [0.0, 1.0])),
+    "sigmoid": (logistic_of, (2.75, 7.5), ([0.0, 0.0], [1.0, 0.0])),
+    "silu": (lambda x: x * logistic_of(x), (2.75, 10.0), ([0.0, 0.0], [0.0, 1.0])),
     "tanh": (np.tanh, (1.375, 4.0), ([-1.0, 0.0], [1.0, 0.0])),
 }
 

@@ -18,20 +18,22 @@ Letters in costs as in `tuned`, K hidden units of all cells, B sequences.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 
 import torch
 
 from ....models.operations import LSTM, BlockLinear, LinearScan
 from ...domains import Span, spans
 from ..arithmetic.polynomials import Polynomials, fitted
-from ..arithmetic.randomness import Dealing, correlation, pack
+from ..arithmetic.randomness import Dealing, Mask, correlation, pack
 from ..arithmetic.share import Share, session
-from .activations import FINE, SMOOTH, _sigmoid
+from .activations import FINE, SMOOTH, logistic_of
 from .compare import open_bits
 from .curve import check, curve_supply, evaluate
 from .linear import by_weight
 from .product import entered
-from .truncate import _above, _opened, cut
+from .truncate import above, cut, rows_product, rows_supply, unmasked
 
 WINDOW, QUARTER = 9, 2  # bits that are looked up, 2 of them below one: 64 either way
 KNOTS = (0.0, 2.0, 4.75, 9.5)  # of the logistic function, either way, on the window's grid
@@ -59,7 +61,7 @@ def block_linear(module: BlockLinear, secret: dict, x: Share) -> Share:
 def _pieces(bits: int) -> Polynomials:
     """A quartic on each of six segments, within 1.1e-4, also a quarter beyond its ends."""
     edges, near = sorted({side * knot for knot in KNOTS for side in (-1, 1)}), 2.0**-QUARTER
-    parts = [fitted(_sigmoid, [low - near, high + near], 4, 16)[0] for low, high in zip(edges, edges[1:])]
+    parts = [fitted(logistic_of, [low - near, high + near], 4, 16)[0] for low, high in zip(edges, edges[1:])]
     return Polynomials(edges, [(0.0, [0.0] * 5), *parts, (0.0, [1.0] + [0.0] * 4)], bits, 16)
 
 
@@ -104,16 +106,20 @@ def logistic(x: Share) -> Share:
 # Products of what is truncated on the way
 
 
-def _parts(deal: Dealing, s, shape: tuple, shift: int):
-    """Of a mask s what `cut` makes of it, in the clear: both lie in a truncated value."""
-    return (lambda: _above(s.clear, shift)), (lambda: (s.clear >> 63 & 1) << (64 - shift))
+def _parts(s: Mask, shift: int) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """What `cut` shares of a mask s, in the clear: a truncated value is made of both."""
+    return (lambda: above(s.clear, shift)), (lambda: (s.clear >> 63 & 1) << (64 - shift))
+
+
+def _times(one: Callable[[], torch.Tensor], other: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return one() * other()
 
 
 def pair_supply(deal: Dealing, shape: tuple, shift: int):
     """For the product of two factors that are truncated on the way: their masks, what `cut` makes of each, products."""
     s, u = deal.mask(*shape), deal.mask(*shape)
-    pairs = [(one, other) for one in _parts(deal, s, shape, shift) for other in _parts(deal, u, shape, shift)]
-    products = [deal.share(lambda one=one, other=other: one() * other(), *shape) for one, other in pairs]
+    pairs = itertools.product(_parts(s, shift), _parts(u, shift))
+    products = [deal.share(functools.partial(_times, *pair), *shape) for pair in pairs]
     return s.mine, u.mine, cut(deal, s, shape, shift), cut(deal, u, shape, shift), products
 
 
@@ -121,7 +127,7 @@ def pair_product(opened: list[torch.Tensor], shift: int, supply: tuple) -> torch
     """The product of two factors, of which x + s and y + u were opened, each less its lowest `shift` bits. Local."""
     _, _, first, second, products = supply
     # A truncated factor is P - w + b h: P and b are public, w ("whole") and h ("high") of its mask.
-    (p, b), (q, d) = (_opened(c, shift, torch.ones_like(c)) for c in opened)
+    (p, b), (q, d) = (unmasked(c, shift, torch.ones_like(c)) for c in opened)
     ours = p * (d * second[1] - second[0]) + q * (b * first[1] - first[0])
     ours += products[0] - d * products[1] - b * products[2] + b * d * products[3]
     return ours + p * q if session.serving else ours
@@ -135,11 +141,9 @@ def deal_pair(deal: Dealing, shape: tuple, shift: int):
 
 @correlation("gated sum")
 def deal_gated_sum(deal: Dealing, shape: tuple, shift: int):
-    """For `gated_sum`: `pair_supply`, and the same for a factor of what is masked itself and need not be truncated."""
-    a, s = deal.mask(*shape), deal.mask(*shape)
-    supply = cut(deal, s, shape, shift)
-    products = [deal.share(lambda part=part: a.clear * part(), *shape) for part in _parts(deal, s, shape, shift)]
-    return pair_supply(deal, shape, shift), a.mine, (s.mine, *supply, *products)
+    """For `gated_sum`: `pair_supply`, and what `times_rows` needs for a factor of each number."""
+    r = deal.mask(*shape)
+    return pair_supply(deal, shape, shift), r.mine, rows_supply(deal, r, shape, shape, shift)
 
 
 def cut_product(x: Share, y: Share, bits: int) -> Share:
@@ -155,11 +159,8 @@ def gated_sum(f: Share, c: Share, i: Share, g: Share, bits: int) -> Share:
     shift = f.bits - bits
     supply, a, rows = session.correlation("gated sum", tuple(f.shape), shift)
     e, masked, *opened = session.reveal(c.data - a, f.data + rows[0], i.data + supply[0], g.data + supply[1])
-    _, whole, high, first, second = rows
-    public, high, second = _opened(masked, shift, high, second)
-    ours = high - whole
-    product = e * (ours + public if session.serving else ours) + (a * public - first + second)
-    return Share(product + pair_product(opened, shift, supply), 2 * bits)
+    product = rows_product(e, a, masked, shift, rows) + pair_product(opened, shift, supply)
+    return Share(product, 2 * bits)
 
 
 # LSTMs
@@ -181,8 +182,8 @@ def lstm(module: LSTM, secret: dict, z: Share) -> Share:
 
     Along the sequence the error grows until as much is forgotten as a step adds, some 2e-4 of the curves: c keeps the
     errors of 1 / (1 - f) steps. Largest errors of the h of 16, 64 and 256 steps, of 32 hidden units in 4 sequences,
-    with weights as torch draws them: 5e-4, 6e-4, 7e-4; three times as wide 6e-4, 6e-4, 8e-4; with f about 0.98
-    9e-4, 1.7e-3, 1.7e-3. With f about 0.999, where 256 steps are too few to forget, 8e-4, 2e-3, 9e-3.
+    with weights as torch draws them: 5e-4, 6e-4, 7e-4; three times as wide 7e-4, 7e-4, 8e-4 (1.1e-3 once in 24); with f
+    about 0.98 7e-4, 1.2e-3, 1.6e-3. With f about 0.999, where 256 steps are too few to forget, 1e-3, 2e-3, 9e-3.
 
     Functionality:
         Inputs: z shared; U and the bias of the server.
@@ -200,7 +201,8 @@ def lstm(module: LSTM, secret: dict, z: Share) -> Share:
     rows = z.data.flatten(0, -3)[..., order].unflatten(-1, (4, -1))  # (B, N, 4, K)
     rows = torch.where(backward, rows.flip(1), rows)
     operation = ("blocks", module.cells, tuple(4 * k for k in module.cells))
-    states, c = [], None
+    states: list[Share] = []
+    c = None
     for t in range(rows.shape[1]):
         read = Share(rows[:, t], z.bits)  # (B, 4, K)
         if states:

@@ -22,11 +22,12 @@ def cut(deal: Dealing, s: Mask, shape: tuple, shift: int):
 
     What truncates c - s, c public: floor(c / 2^shift) less the first, and more the second where c has no highest bit.
     """
-    whole = deal.share(lambda: _above(s.clear, shift), *shape)
+    whole = deal.share(lambda: above(s.clear, shift), *shape)
     return whole, deal.share(lambda: (s.clear >> 63 & 1) << (64 - shift), *shape)
 
 
-def _above(s: torch.Tensor, shift: int) -> torch.Tensor:
+def above(s: torch.Tensor, shift: int) -> torch.Tensor:
+    """Without the lowest bits; what comes from above is zero."""
     return s >> shift & (1 << (64 - shift)) - 1
 
 
@@ -67,7 +68,7 @@ def truncate(x: Share, bits: int, multiple: bool = False) -> Share:
     if multiple or x.data.numel() <= FEW:
         s, whole, high = session.correlation("opening", tuple(x.shape), shift)
         (c,) = session.reveal(x.data + s)
-        public, high = _opened(c, shift, high)
+        public, high = unmasked(c, shift, high)
         return Share((public if session.serving else 0) - whole + high, bits)
     flat = x.data.reshape(-1)
     count = flat.numel()
@@ -90,7 +91,7 @@ def truncate(x: Share, bits: int, multiple: bool = False) -> Share:
     return Share(y.view(x.shape), bits)
 
 
-def _opened(c: torch.Tensor, shift: int, *high: torch.Tensor) -> list[torch.Tensor]:
+def unmasked(c: torch.Tensor, shift: int, *high: torch.Tensor) -> list[torch.Tensor]:
     """Of an opened x + s: what is public of the truncated x, and each of the corrections where it is due."""
     c = c + (1 << 62)
     public = (c >> shift & (1 << (64 - shift)) - 1) - (1 << (62 - shift))
@@ -101,7 +102,7 @@ def rows_supply(deal: Dealing, r: Mask, shape: tuple, rows: tuple, shift: int):
     """For x masked by r and a truncated factor per row: the factor's mask, what `cut` makes of it, r times each."""
     s = deal.mask(*rows)
     whole, high = cut(deal, s, rows, shift)
-    first = deal.share(lambda: r.clear * _above(s.clear, shift), *shape)
+    first = deal.share(lambda: r.clear * above(s.clear, shift), *shape)
     return s.mine, whole, high, first, deal.share(lambda: r.clear * ((s.clear >> 63 & 1) << (64 - shift)), *shape)
 
 
@@ -131,6 +132,6 @@ def times_rows(x: Share, factor: Waiting) -> Share:
 def rows_product(e: torch.Tensor, a: torch.Tensor, c: torch.Tensor, shift: int, supply) -> torch.Tensor:
     """(e + a) times the factor whose masked value c was opened, less its lowest `shift` bits; e is public. Local."""
     _, whole, high, first, second = supply
-    public, high, second = _opened(c, shift, high, second)
+    public, high, second = unmasked(c, shift, high, second)
     ours = high - whole
     return e * (ours + public if session.serving else ours) + (a * public - first + second)
