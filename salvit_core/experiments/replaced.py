@@ -58,7 +58,7 @@ class Sizes(Checked):
 
 SIZES = {
     "smoke": Sizes(("multi_lstm",), 1, 2, (1, 1, 1), (0.5,), (1, 1)),
-    "quick": Sizes(("standard", "multi_lstm", "grid_lstm", "parallel_scan"), 1, 8, (4, 2, 1), (0.5,), (1, 1)),
+    "quick": Sizes(("standard", "multi_lstm", "grid_lstm", "parallel_scan"), 1, 6, (3, 1, 1), (0.5,), (1, 1)),
     # CIFAR-10, 15,000 images, two cores.
     "reference": Sizes(tuple(NAMES), 3, 20, (6, 4, 1), (0.25, 0.5, 0.75), (3, 3)),
     "short": Sizes(tuple(NAMES), 1, 30, (15, 10, 3), (0.25, 0.5, 0.75), (5, 5)),
@@ -325,7 +325,8 @@ def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str
     from .accuracy import prices  # as in `priced`
 
     small = profile_of(size)
-    names = {name: row for name, row in CHOICES.items() if size.name != "smoke" or name != "multi_lstm"}
+    brief = size.name in ("smoke", "quick")  # and do without the dearest
+    names = {name: row for name, row in CHOICES.items() if not brief or name != "multi_lstm"}
     base = small.config(data, "SA L2Q")
     made = {
         name: small.config(data, row) if row else dataclasses.replace(base, attention=name)

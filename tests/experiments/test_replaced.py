@@ -149,7 +149,7 @@ def test_the_priced_search_may_choose_a_recurrence(root):
     assert search.search.choices == tuple(prices) and search.search.budget > 4 * min(prices.values())
     record = execute.ensure(search)
     assert set(record["metrics"]["architecture"]) <= set(prices)
-    sizes = profiles.profile("quick")
+    sizes = profiles.profile("reference")
     assert list(replaced.choice(sizes, "digits")[1])[3:] == ["multi_lstm", "parallel_scan"]
 
 
