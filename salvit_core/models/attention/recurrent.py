@@ -108,7 +108,7 @@ class BiLSTM(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         """All heads as one LSTM each way: (B, N, H D) -> (B, N, sum of k)."""
         gates, own, wide, ways, states = self.gates, self.recurrence, x.shape[-1], [], []
-        order, *places = (index.to(x.device) for index in _joined(gates.inputs, own.hidden))
+        order, *places = _joined(gates.inputs, own.hidden, x.device)
         for rows, *at in (places[:5], places[5:]):  # of the biases; of both weights, in the large one and here
             count = len(rows)
             read = gates.weight.new_zeros(count * wide).scatter(0, at[0], gates.weight[0, at[1]])
@@ -126,12 +126,13 @@ class BiLSTM(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _joined(inputs: tuple[int, ...], hidden: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:
+def _joined(inputs: tuple[int, ...], hidden: tuple[tuple[int, int], ...], device: torch.device) -> list[torch.Tensor]:
     """Where numbers of heads stand in one LSTM of all, whose gates come one after the other.
 
     Args:
         inputs: features D of every head.
         hidden: their hidden sizes.
+        device: where what is found is to be.
 
     Returns:
         the place of every head's states, forward, then backward, among all forward and then all backward ones; and for
@@ -159,8 +160,8 @@ def _joined(inputs: tuple[int, ...], hidden: tuple[tuple[int, int], ...]) -> lis
             column, unit, base = column + width, unit + k, base + 4 * sum(pair)
             weight, bias, start = weight + 4 * sum(pair) * width, base, start + 4 * sum(size * size for size in pair)
         found += [rows, *map(torch.cat, parts)]
-    places = [place for head in order for place in head]
-    return [torch.tensor(places, dtype=torch.int64, device="cpu"), *found]
+    places = torch.tensor([place for head in order for place in head], dtype=torch.int64, device="cpu")
+    return [part.to(device) for part in (places, *found)]
 
 
 def _lstm(x: torch.Tensor, weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:
