@@ -104,7 +104,10 @@ def campaign(name: str = "reference") -> list[Run]:
         name: of the profile whose sizes it has.
     """
     size = profile(name)
-    every: list[Run] = [*(first(size) if name == "short" else ()), *truth(size), *rows(size)]
+    every: list[Run] = [*(first(size) if name == "short" else ())]
+    for run in replaced.plan(size, "digits" if name == "smoke" else "cifar10").values():
+        every += [run.teacher, run]
+    every += [*truth(size), *rows(size)]
     main = [
         dict(normalizer="softmax"),
         dict(normalizer="2quad"),
@@ -112,9 +115,6 @@ def campaign(name: str = "reference") -> list[Run]:
         EA["EA softmax"],
         EA["EA L2Q"],
     ]
-    replacements = replaced.plan(size, "digits" if name == "smoke" else "cifar10").values()
-    for run in replacements:
-        every += [run.teacher, run]
     for seed in range(SEEDS):
         every += [size.training("cifar100", size.config("cifar100", **changes), seed=seed) for changes in main]
     return list(dict.fromkeys(every))
