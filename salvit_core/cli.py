@@ -1,4 +1,4 @@
-"""The command line: salvit study, train, search, infer, estimate, evaluate, calibrate, evidence, party, migrate.
+"""The command line: salvit study, train, search, replace, infer, estimate, evaluate, and others below.
 
 Each command is a frozen dataclass, whose fields are its options, and a function of it.
 """
@@ -17,16 +17,20 @@ import tyro
 
 from . import compat, datasets, workspace
 from .fields import Checked, Count
+from .models import maps
 from .models.config import config_of, preset
 from .models.foreign import adopt
 from .models.vit import build
 from .options import parsed
+from .replacement import __main__ as replacement
+from .replacement.pruning import shaped
 from .training.checkpoint import load_weights
 
 COMMANDS = {
     "study": "run the notebooks headless: figures, tables, records",
     "train": "train one network",
     "search": "selective attention search: SAS-L, SAS-H, as released",
+    "replace": "another mechanism in attention's place: train, prune, downstream, visualize",
     "infer": "run a network on secret shares, two parties on this machine",
     "estimate": "what a private inference will cost, from shapes alone",
     "evaluate": "encrypted accuracy beside the clear",
@@ -50,7 +54,7 @@ class Subject(Checked):
     """What `salvit infer` and `salvit evaluate` run on secret shares."""
 
     run: Path | None = None
-    """Folder that `salvit train` or `salvit search` wrote: its network and weights."""
+    """Folder that `salvit train`, `search` or `replace` wrote: its network and weights."""
     preset: str = "cct_7_3x1"
     """Without --run: a preset's name, with random weights, for what it costs."""
     method: str = "SAL-ViT B=3"
@@ -122,6 +126,31 @@ class Evaluate(Subject):
 
 
 @dataclass(frozen=True)
+class Visualize(Checked):
+    """Token importance maps of a trained or pruned network: by how much each token moves each other, block by block.
+
+    Writes OUT/tokens.png (heat maps), OUT/patches.png (what the class token, or the mean token, moves with) and
+    OUT/importance.json.
+    """
+
+    run: Path | None = None
+    """The network: folder that salvit train or replace wrote."""
+    data: str | None = None
+    """Data set of the images. Default: that of --run."""
+    root: Path | None = None
+    """Folder of the data sets. Default: data/ in the workspace."""
+    n: Count = 16
+    """Test images over which importance is averaged."""
+    block: Count | None = None
+    """Which block, from 1. Default: all."""
+    out: Path | None = None
+    """Folder of the pictures. Default: importance/ in --run."""
+
+
+Replace = replacement.Mode | Annotated[Visualize, tyro.conf.subcommand("visualize")]
+
+
+@dataclass(frozen=True)
 class Migrate:
     """Move a folder of records to the present names and keys; their numbers stay as they are."""
 
@@ -143,7 +172,7 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
             raise ValueError(f"run {command.run} holds no result.json: give a folder that salvit train or search wrote")
         try:
             said = json.loads(workspace.readable(result).read_text())
-            config, name = config_of(said["config"]), name or said["data"]
+            config, name, sizes = config_of(said["config"]), name or said["data"], said.get("hidden")
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{result} is no result of salvit train or search ({reason}): train again") from error
@@ -156,9 +185,10 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
     _, channels, _, side = data.test.images.shape
     shape = {"image": side, "channels": channels, "classes": data.classes}
     torch.manual_seed(0)
-    model = build(config if command.run is not None else preset(command.preset, command.method, **shape)).eval()
-    if command.run is not None:
-        load_weights(model, command.run / "weights.pt")
+    if command.run is None:
+        return build(preset(command.preset, command.method, **shape)).eval(), data
+    model = (shaped(config, sizes) if sizes else build(config)).eval()
+    load_weights(model, command.run / "weights.pt")
     return model, data
 
 
@@ -276,6 +306,39 @@ def evaluate(command: Evaluate) -> None:
     _write(command.out, found)
 
 
+def visualize(command: Visualize) -> None:
+    """`salvit replace visualize`: token importance as heat maps, the answer's row as patch maps, and the numbers."""
+    figures = importlib.import_module(".figures", __package__)
+    model, said = replacement.restored(command.run)
+    layers = len(model.blocks)
+    if command.block is not None and command.block > layers:
+        raise ValueError(f"block is {command.block}: the network has {layers}")
+    name = command.data or said["data"]
+    data = datasets.load(name, command.root or workspace.ROOT / "data", image=model.config.image)
+    if command.n > len(data.test.labels):
+        raise ValueError(f"n is {command.n}: the test split of {data.name} has {len(data.test.labels)} images")
+    images = data.test.images[: command.n]
+    moved = maps.importance(model, data.test.normalised(images))
+    chosen = range(1, layers + 1) if command.block is None else (command.block,)
+    shown = {f"block {i}": moved[i - 1].mean(0).fill_diagonal_(float("nan")).numpy() for i in chosen}
+    out, note = command.out or command.run / "importance", f"Mean over {command.n} test images of {data.name}."  # type: ignore[operator]
+    out.mkdir(parents=True, exist_ok=True)
+    figures.heat_maps(shown, note=note, labels=("token that moves", "token that is moved")).savefig(out / "tokens.png")
+    few = images[:8].permute(0, 2, 3, 1).squeeze(-1).numpy() / 255
+    rows = {f"block {i}": [maps.grid(maps.read(model, one)).numpy() for one in moved[i - 1][:8]] for i in chosen}
+    figures.map_grid(list(few), rows, note).savefig(out / "patches.png")
+    numbers = {f"block {i}": moved[i - 1].mean(0).tolist() for i in chosen}
+    workspace.write_json(out / "importance.json", {"data": data.name, "images": command.n, "importance": numbers})
+    print(f"{out / 'tokens.png'}, {out / 'patches.png'}, {out / 'importance.json'}")
+
+
+def replace(command: Any) -> None:
+    """`salvit replace`: the mode that was asked for."""
+    if isinstance(command, Visualize):
+        return visualize(command)
+    return replacement.run(command)
+
+
 def migrate(command: Migrate) -> None:
     """`salvit migrate`: says how many records moved."""
     room = importlib.import_module(".experiments.migrate", __package__)
@@ -289,7 +352,8 @@ def _write(path: Path | None, content: dict) -> None:
         workspace.write_json(path, content, default=str)
 
 
-_HERE: dict[str, tuple[type, Callable[[Any], Any]]] = {
+_HERE: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "replace": (Replace, replace),
     "infer": (Infer, infer),
     "estimate": (Estimate, estimate),
     "evaluate": (Evaluate, evaluate),

@@ -19,6 +19,7 @@ from salvit_core.experiments.profiles import Profile, profile
 from salvit_core.models.config import CCTConfig, ViTConfig
 from salvit_core.private.parties import launch
 from salvit_core.private.protocol import LIMIT, ROLES
+from salvit_core.replacement import __main__ as replacement
 from salvit_core.search.priced import PricedSearch
 from salvit_core.search.released import ReleasedSearch
 from salvit_core.search.sas import Search
@@ -381,6 +382,14 @@ OPTIONS = {
     "train": "preset method data protocol image device root epochs batch lr optimizer weight-decay warmup augment clip "
     "label-smoothing distill-logits temperature keep seed nonsense",
     "search": "preset method data image device granularity budget rule weight search-epochs epochs lr seed nonsense",
+    "replace train": "run base-model weights data root image device seed rep-by layers loss epochs batch-size lr "
+    "weight-decay warmup-epochs block-ft-epochs block-ft-lr block-ft-batch-size head-epochs head-lr reprob drop-path "
+    "augment skip-train-attn out nonsense",
+    "replace prune": "run data root image device out seed regulariser coefficient threshold share epochs batch-size lr "
+    "finetune-epochs augment reprob nonsense",
+    "replace downstream": "run data root image device out seed epochs batch-size lr augment reprob drop-path head-only "
+    "nonsense",
+    "replace visualize": "run data root n block out nonsense",
     "study": "profile records only set timeout notebooks nonsense",
     "evidence": "profile most minutes nonsense",
     "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
@@ -394,6 +403,10 @@ OPTIONS = {
 FIXED = {
     "train": ["--preset", "cct_2_3x1", "--data", "digits"],
     "search": ["--preset", "cct_2_3x1", "--data", "digits", "--budget", "1"],
+    "replace train": ["--run", "."],
+    "replace prune": ["--run", "."],
+    "replace downstream": ["--run", ".", "--data", "digits"],
+    "replace visualize": ["--run", "."],
     "infer": ["--preset", "cct_2_3x1", "--method", "SA L2Q"],
     "evaluate": ["--preset", "cct_2_3x1", "--method", "SA L2Q", "--data", "digits", "--n", "2"],
     "estimate": ["--preset", "cct_2_3x1", "--row", "SA L2Q"],
@@ -409,6 +422,10 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
     work = {
         "train": ["salvit_core.training.__main__.train"],
         "search": ["salvit_core.search.sas.search", "salvit_core.search.released.search"],
+        "replace train": ["salvit_core.replacement.__main__.distil"],
+        "replace prune": ["salvit_core.replacement.__main__.prune"],
+        "replace downstream": ["salvit_core.replacement.__main__.train_network"],
+        "replace visualize": ["salvit_core.models.maps.importance"],
         "study": ["salvit_core.experiments.study.execute"],
         "evidence": ["salvit_core.experiments.execute.collect"],
         "infer": ["salvit_core.private.parties.launch.guard"],  # the first that starts a process
@@ -437,8 +454,13 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
             Path("cct.json").write_text(json.dumps(dataclasses.asdict(TINY)))
             torch.save(network().state_dict(), "weights.pt")
             torch.save(torch.zeros(1, 1, 8, 8), "images.pt")
+        if command.startswith("replace"):  # what it starts from
+            recurrent = command == "replace prune"
+            config = dataclasses.replace(TINY, attention="multi_lstm" if recurrent else "self")
+            Path("result.json").write_text(json.dumps({"config": dataclasses.asdict(config), "data": "digits"}))
+            torch.save(build(config).state_dict(), "weights.pt")
         try:
-            cli.main(["party", command, *words] if party else [command, *words])
+            cli.main(["party", command, *words] if party else [*command.split(), *words])
         except Began:
             return
         except SystemExit as ended:
@@ -453,12 +475,16 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         else:
             assert command == "evidence" and drawn.get("most") == "0"  # which is nothing to do
         written = {path.name for path in Path(root).rglob("*") if path.is_file()}
-        assert written <= {"cct.json", "weights.pt", "images.pt"}, (written, drawn)
+        assert written <= {"cct.json", "weights.pt", "images.pt", "result.json"}, (written, drawn)
 
 
 def test_the_commands_have_the_options_that_are_swept():
     kinds = {"study": study.Study, "evidence": evidence.Evidence, "calibrate": calibration.Command}
-    for command, kind in {**kinds, **{name: kind for name, (kind, _) in cli._HERE.items()}}.items():
-        names = {field.name for field in dataclasses.fields(kind)} - {"list", "publish"}
+    here = {name: kind for name, (kind, _) in cli._HERE.items()}
+    modes = {"replace visualize": cli.Visualize, "replace prune": replacement.Prune}
+    modes |= {"replace train": replacement.Train, "replace downstream": replacement.Downstream}
+    del here["replace"]  # its modes have the options
+    for command, kind in {**kinds, **here, **modes}.items():
+        names = {field.name.replace("_", "-") for field in dataclasses.fields(kind)} - {"list", "publish"}
         assert names == set(OPTIONS[command].split()) - {"nonsense"}
-    assert set(cli.COMMANDS) == set(OPTIONS) - {"server", "client"} | {"party"}
+    assert set(cli.COMMANDS) == {command.split()[0] for command in OPTIONS} - {"server", "client"} | {"party"}

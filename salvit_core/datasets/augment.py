@@ -1,4 +1,4 @@
-"""Augmentation of whole batches where they live: random crops, mirror images, and AutoAugment's CIFAR-10 policy.
+"""Augmentation of whole batches where they live: crops, mirror images, AutoAugment's CIFAR-10 policy, RandAugment.
 
 Every image has a draw of its own; images that drew the same operation go through it together, as one batch.
 
@@ -87,9 +87,13 @@ def operations() -> dict:
         shift = [int(right), int(down)]
         return functional.affine(images, 0.0, shift, 1.0, [0.0, shear], fill=float(_GREY), center=center)
 
+    def move_x(images, shear):
+        return functional.affine(images, 0.0, [0, 0], 1.0, [shear, 0.0], fill=float(_GREY), center=[0.0, 0.0])
+
     reach = 150 / 331  # of a side: the furthest shift, 150 pixels of the 331 that the policy was once searched with
     return {
         "identity": lambda x, s: x,
+        "shear_x": lambda x, s: move_x(x, math.degrees(math.atan(0.3 * s))),
         "shear_y": lambda x, s: move(x, shear=math.degrees(math.atan(0.3 * s)), center=[0.0, 0.0]),
         "translate_x": lambda x, s: move(x, right=reach * x.shape[-1] * s),
         "translate_y": lambda x, s: move(x, down=reach * x.shape[-2] * s),
@@ -147,12 +151,74 @@ def autoaugment(images: torch.Tensor, generator: torch.Generator, part: Part | N
     Returns:
         uint8 (B, C, H, W).
     """
-    known = operations()
     whole, here = part or (len(images), torch.arange(len(images)))
-    for step in draw_steps(whole, generator)[here].unbind(1):
+    return _together(images, STEPS, draw_steps(whole, generator)[here])
+
+
+# RandAugment's operations (arXiv 1909.13719, Section 3), to either side where they have one, at strength 9 of 10: m9 in
+# the words of DeiT's recipe, whose spread of the strength and whose halved probability are left out.
+RANDOM = tuple(
+    (name, sign * 0.9)
+    for name in (
+        *("identity", "autocontrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast"),
+        *("brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
+    )
+    for sign in ((1, -1) if name in (*SIGNED, "shear_x") else (1, 1))
+)
+
+
+def randaugment(images: torch.Tensor, generator: torch.Generator, part: Part | None = None) -> torch.Tensor:
+    """RandAugment, two operations drawn for each image; images that drew the same one go through it together.
+
+    Args:
+        images: uint8 (B, C, H, W), C 1 or 3.
+        generator: on the CPU.
+        part: as in `crop`.
+
+    Returns:
+        uint8 (B, C, H, W).
+    """
+    whole, here = part or (len(images), torch.arange(len(images)))
+    return _together(images, RANDOM, torch.randint(len(RANDOM), (whole, 2), generator=generator)[here])
+
+
+def erased(
+    images: torch.Tensor, share: float, generator: torch.Generator, part: Part | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random erasing (Zhong et al., 2020): a rectangle of 2 to 33 % of some images, to be filled with normal noise.
+
+    Args:
+        images: (B, C, H, W), of which only the shape counts.
+        share: of the images that lose a rectangle.
+        generator: on the CPU.
+        part: as in `crop`.
+
+    Returns:
+        where it is, (B, 1, H, W), and the noise, (B, C, H, W), on the images' device.
+    """
+    count, channels, height, width = images.shape
+    whole, here = part or (count, torch.arange(count))
+    acts, area, aspect, top, left = torch.rand(5, whole, 1, generator=generator)[:, here]
+    pixels = (0.02 + (1 / 3 - 0.02) * area) * height * width
+    ratio = torch.exp((2 * aspect - 1) * math.log(0.3))  # height to width, 0.3 to 1 / 0.3
+    sides = ((pixels * ratio).sqrt().round().clamp(1, height), (pixels / ratio).sqrt().round().clamp(1, width))
+    starts = ((top * (height - sides[0] + 1)).floor(), (left * (width - sides[1] + 1)).floor())
+    spans = [
+        (torch.arange(length) >= start) & (torch.arange(length) < start + side)
+        for length, start, side in zip((height, width), starts, sides, strict=True)
+    ]
+    where = spans[0].unsqueeze(2) & spans[1].unsqueeze(1) & (acts < share).unsqueeze(2)  # (B, H, W)
+    noise = torch.randn(whole, channels, height, width, generator=generator)[here]
+    return where.unsqueeze(1).to(images.device), noise.to(images.device)
+
+
+def _together(images: torch.Tensor, steps: tuple | list, draws: torch.Tensor) -> torch.Tensor:
+    """Each image through the steps that it drew, (B, 2); those that drew the same one as one batch."""
+    known = operations()
+    for step in draws.unbind(1):
         order = step.argsort(stable=True).to(images.device)
         drawn, counts = step.unique(return_counts=True)
         groups = images[order].split(counts.tolist())
-        done = [known[STEPS[i][0]](group, STEPS[i][1]) for i, group in zip(drawn.tolist(), groups, strict=True)]
+        done = [known[steps[i][0]](group, steps[i][1]) for i, group in zip(drawn.tolist(), groups, strict=True)]
         images = torch.empty_like(images).index_copy_(0, order, torch.cat(done))
     return images

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .augment import autoaugment, crop
+from .augment import autoaugment, crop, erased, randaugment
 from .cifar import cifar10, cifar100
 from .digits import digits
 from .fashion_mnist import fashion_mnist, obtain
+from .fine_grained import cars, flowers
 from .imagenet import imagenet
 from .source import Source, require
 from .tiny_imagenet import tiny_imagenet
@@ -28,12 +29,14 @@ DATA: dict[str, Callable[[Path, int, int | None], Source]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "flowers": flowers,
+    "cars": cars,
     "tiny_imagenet": tiny_imagenet,
     **{name: functools.partial(imagenet, name) for name in ("imagenet", "imagenet100", "imagenette")},
 }
 
 PROTOCOLS = ("held-out", "released")
-AUGMENT = ("none", "crop", "autoaugment")
+AUGMENT = ("none", "crop", "autoaugment", "randaugment")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,24 +163,26 @@ def batches(
     generator: torch.Generator | None = None,
     drop_last: bool = False,
     part: tuple[int, int] = (0, 1),
+    erase: float = 0.0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One pass over a split, in batches on its device.
 
     Augmentation is drawn anew for each image and each pass. "crop": zero padding of an eighth of the shorter side,
     at least 1 and at most 4 pixels (4 at 32 pixels and above, 3 at 28, 1 at 8), a random crop back to the size, and
     a mirror image half of the time, if `split.flip`. "autoaugment": the same, then one of the 25 sub-policies that
-    AutoAugment found on CIFAR-10.
+    AutoAugment found on CIFAR-10. "randaugment": the same crop, then two operations of RandAugment.
 
     Args:
         split: images and labels.
         size: B, images in a batch; the last one may be smaller.
-        augment: "none", "crop" or "autoaugment".
+        augment: "none", "crop", "autoaugment" or "randaugment".
         generator: on the CPU, whatever the device. The order is shuffled exactly when it is given. A call takes one
             number from it and draws everything else from that: the same state gives the same batches bit for bit, and
             leaving a pass early changes nothing that comes after.
         drop_last: leave out a last batch smaller than `size`.
         part: (rank, of how many): every n-th image of each batch, from the rank-th on. Only these are augmented, to
             what they are in the whole batch.
+        erase: share of the images in which a rectangle is erased (`augment.erased`).
 
     Yields:
         Images, float32 (B, C, H, W), normalised, and labels, int64 (B,).
@@ -187,8 +192,9 @@ def batches(
     """
     if augment not in AUGMENT:
         raise ValueError(f"augment {augment!r} is unknown: choose from {', '.join(AUGMENT)}")
-    if augment != "none" and generator is None:
-        raise ValueError(f"augment {augment!r} draws at random: give a generator, such as torch.Generator()")
+    if (augment != "none" or erase) and generator is None:
+        what = f"erase {erase}" if augment == "none" else f"augment {augment!r}"
+        raise ValueError(f"{what} draws at random: give a generator, such as torch.Generator()")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"the generator is on {generator.device}, expected a CPU one: use torch.Generator()")
     if size < 1:
@@ -196,7 +202,7 @@ def batches(
     own = None
     if generator is not None:
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    return _walk(split, size, augment, own, drop_last, part)
+    return _walk(split, size, augment, own, drop_last, part, erase)
 
 
 def _choose(root: Path) -> tuple[str, str]:
@@ -212,7 +218,7 @@ def _choose(root: Path) -> tuple[str, str]:
 _CHUNK = 2**23  # pixels x channels; 2730 images of 3x32x32
 
 
-def _walk(split, size, augment, generator, drop_last, part):
+def _walk(split, size, augment, generator, drop_last, part, erase):
     images, labels = split.images, split.labels
     count, device = len(labels), images.device
     order = None if generator is None else torch.randperm(count, generator=generator).to(device)
@@ -230,10 +236,18 @@ def _walk(split, size, augment, generator, drop_last, part):
             drawn = crop(drawn, split.flip, generator, (len(place), here))
         if augment == "autoaugment":
             drawn = autoaugment(drawn, generator, (len(place), here))
+        elif augment == "randaugment":
+            drawn = randaugment(drawn, generator, (len(place), here))
+        lost = erased(drawn, erase, generator, (len(place), here)) if erase else None
         whole = range(0, len(place), size)
         sizes = [len(range(part[0], min(size, len(place) - first), part[1])) for first in whole]
+        passed = 0
         for batch, target in zip(drawn.split(sizes), labels[mine].split(sizes), strict=True):
-            yield split.normalised(batch), target  # (B, C, H, W), (B,)
+            shown = split.normalised(batch)  # (B, C, H, W)
+            if lost is not None:
+                shown = torch.where(*(each[passed : passed + len(batch)] for each in lost), shown)
+            passed += len(batch)
+            yield shown, target  # (B, C, H, W), (B,)
 
 
 def _images(source: Source, images, index: torch.Tensor, device) -> torch.Tensor:

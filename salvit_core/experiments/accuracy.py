@@ -387,7 +387,7 @@ CHOICES = {
     "cosformer": "CosFormer",
     "dilated": "Dilated L2Q",
 }
-ATTENTION_KINDS = ("projection", "scores", "normaliser", "values")
+ATTENTION_KINDS = ("projection", "scores", "normaliser", "values", "recurrence")
 FEW_CHOICES = ("self", "external", "scaling", "linformer")
 
 
@@ -400,11 +400,18 @@ def prices(networks: Mapping[str, TransformerConfig], link: Link) -> dict[str, f
         networks: mechanism to a network that has it in every layer.
         link: between the parties.
     """
+
+    def cost_of(config: TransformerConfig, kinds: tuple[str, ...]) -> pd.Series:
+        steps = latency.estimated({"": config})
+        inside = steps["layer"].str.startswith("block") & steps["kind"].isin(kinds)
+        return steps.loc[inside, ["rounds", "serial_bytes"]].sum() / config.layers
+
     made = {}
     for name, config in networks.items():
-        steps = latency.estimated({name: config})
-        inside = steps["layer"].str.startswith("block") & steps["kind"].isin(ATTENTION_KINDS)
-        cost = steps.loc[inside, ["rounds", "serial_bytes"]].sum() / config.layers
+        cost = cost_of(config, ATTENTION_KINDS)
+        if name in ("hamburger", "parallel_scan", "mixer"):  # activations of their own, beside the MLP's
+            bare = dataclasses.replace(config, attention="scaling")
+            cost += cost_of(config, ("activation",)) - cost_of(bare, ("activation",))
         made[name] = round(link.seconds(cost["rounds"], cost["serial_bytes"]), 4)
     return made
 

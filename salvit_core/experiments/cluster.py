@@ -14,6 +14,7 @@ A node trains as many networks side by side as it has CPUs in Ray's books, and s
 part of one.
 """
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -30,7 +31,6 @@ from ray import exceptions
 
 from .. import datasets, workspace
 from . import execute, store
-from .runs import SearchRun, TrainRun
 
 EVERY = 10.0  # seconds between two looks for another checkpoint
 ATTEMPTS = 3  # at a run that is lost with its worker, without having come further
@@ -56,9 +56,9 @@ class Nodes:
         ValueError: no cluster is there.
     """
 
-    def __init__(self, runs: list[TrainRun | SearchRun]):
+    def __init__(self, runs: list[execute.Training]):
         self.workers = len(runs)
-        self._under_way: dict[Any, tuple[TrainRun | SearchRun, Future]] = {}  # by Ray's generator
+        self._under_way: dict[Any, tuple[execute.Training, Future]] = {}  # by Ray's generator
         self._lost: Counter = Counter()
         self._images: dict[tuple[str, int], Any] = {}
         self._commit = store.commit()  # of the code that is sent
@@ -76,7 +76,7 @@ class Nodes:
         options = dict(num_cpus=1, num_gpus=part, max_retries=0, scheduling_strategy="SPREAD")
         self._task = ray.remote(**options)(_train)
 
-    def submit(self, run: TrainRun | SearchRun) -> Future:
+    def submit(self, run: execute.Training) -> Future:
         """Give a run to the cluster; the future is done when it is on record, or when it cannot be."""
         future: Future = Future()
         self._send(run, future)
@@ -98,10 +98,10 @@ class Nodes:
         """Leave the cluster, which ends what still runs for this process."""
         ray.shutdown()
 
-    def _send(self, run: TrainRun | SearchRun, future: Future) -> None:
-        files = [execute.checkpoint(run)]
-        if run.teacher is not None:
-            files += [store.path(run.teacher), store.path(run.teacher, ending=".pt")]
+    def _send(self, run: execute.Training, future: Future) -> None:
+        files = execute.checkpoints(run)
+        for other in execute.needed(run):
+            files += [store.path(other), store.path(other, ending=".pt")]
         which = run.data, run.images
         if which not in self._images:
             self._images[which] = ray.put(execute.dataset(*which).to("cpu"))
@@ -140,11 +140,15 @@ class Nodes:
 
 def _contents(files: Iterable[Path]) -> dict[str, bytes]:
     """What those files hold that are there, by their names in the store."""
-    return {str(file.relative_to(store.folder())): file.read_bytes() for file in files if file.is_file()}
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # a run that ends removes its checkpoints
+            found[str(file.relative_to(store.folder()))] = file.read_bytes()
+    return found
 
 
 def _train(
-    run: TrainRun | SearchRun, files: dict[str, bytes], data: "datasets.Data", every: float
+    run: execute.Training, files: dict[str, bytes], data: "datasets.Data", every: float
 ) -> Iterator[tuple[dict | None, dict[str, bytes]]]:
     """On a node, in a workspace that ends with the run.
 
@@ -167,20 +171,24 @@ def _train(
         workspace.ROOT = Path(folder)
         for name, content in files.items():
             workspace.write(store.folder() / name, content)
-        thread, known = threading.Thread(target=work, daemon=True), _stamp(execute.checkpoint(run))
+        thread, known = threading.Thread(target=work, daemon=True), _stamps(run)
         thread.start()
         while thread.is_alive():
             thread.join(every)
-            if thread.is_alive() and (stamp := _stamp(execute.checkpoint(run))) != known:
-                yield None, _contents([execute.checkpoint(run)])
-                known = stamp
+            if thread.is_alive() and (stamps := _stamps(run)) != known:
+                yield None, _contents(file for file in stamps if stamps[file] != known.get(file))
+                known = stamps
         if failures:
             raise failures[0]
-        left = [store.path(run, ending=".pt")]
-        if _stamp(execute.checkpoint(run)) != known:  # a first phase of its own: searches to come go on from it
-            left.append(execute.checkpoint(run))
-        yield store.find(run), _contents(left)
+        # A first phase of its own stays with its search: searches to come go on from it.
+        phases = [file for file, stamp in _stamps(run).items() if stamp != known.get(file)]
+        yield store.find(run), _contents([store.path(run, ending=".pt"), *phases])
 
 
-def _stamp(file: Path) -> int:
-    return file.stat().st_mtime_ns if file.exists() else 0
+def _stamps(run: execute.Training) -> dict[Path, int]:
+    """When each of a run's checkpoints was written."""
+    found = {}
+    for file in execute.checkpoints(run):
+        with contextlib.suppress(FileNotFoundError):
+            found[file] = file.stat().st_mtime_ns
+    return found

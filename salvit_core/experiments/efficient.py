@@ -1,6 +1,5 @@
 """Efficient attention: accuracy against cost in the clear and on shares, Table 2 complete, growth with the tokens."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,13 +20,6 @@ from .profiles import Profile
 from .runs import ClearRun, PrivateRun, TrainRun, network
 
 BASES = ("SA softmax", "SA L2Q", "EA softmax", "EA L2Q")
-
-
-def profile_of(size: Profile) -> Profile:
-    """The sizes of this comparison: in profile reference fewer images than the other notebooks', in float32."""
-    if size.name != "reference":
-        return size
-    return dataclasses.replace(size, images=15_000, recipe=dataclasses.replace(size.recipe, bf16=False))
 
 
 def methods(size: Profile) -> list[str]:

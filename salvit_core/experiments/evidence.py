@@ -18,7 +18,7 @@ import pandas as pd
 from .. import workspace
 from ..fields import Among, Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
-from . import execute, store
+from . import execute, replaced, store
 from .profiles import Profile, profile
 from .runs import Run, SearchRun, TrainRun
 
@@ -87,7 +87,7 @@ def truth_table(profile_name: str = "reference", data: str = "cifar10", source: 
     return table.sort_values(["B", "rank"])
 
 
-def letters(attention: Iterable[str]) -> str:
+def letters(attention: Iterable) -> str:
     """First letters, of the first layer first: "SE" is self-attention, then external attention."""
     return "".join(name[0].upper() for name in attention)
 
@@ -102,7 +102,7 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
     """
     rows = []
     for name, run in named(profile(profile_name), data):
-        if not isinstance(run, SearchRun) or run.search.granularity != "layer":
+        if not isinstance(run, SearchRun) or getattr(run.search, "granularity", "") != "layer":
             continue
         for record in execute.recorded([run], "reference").values():
             chosen = letters(record["metrics"]["architecture"])
@@ -164,7 +164,10 @@ def campaign(name: str = "reference") -> list[Run]:
         name: of the profile whose sizes it has.
     """
     size = profile(name)
-    every: list[Run] = [*(first(size) if name == "short" else ()), *truth(size), *(run for _, run in named(size))]
+    every: list[Run] = [*(first(size) if name == "short" else ())]
+    for run in replaced.plan(size, "digits" if name == "smoke" else "cifar10").values():
+        every += [run.teacher, run]
+    every += [*truth(size), *(run for _, run in named(size))]
     main = [
         dict(normalizer="softmax"),
         dict(normalizer="2quad"),

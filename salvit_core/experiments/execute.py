@@ -26,6 +26,8 @@ from ..fields import shown
 from ..models import cost
 from ..models.config import config_of
 from ..models.vit import build
+from ..replacement.distillation import distil
+from ..replacement.pruning import prune, shaped
 from ..search import priced, released, sas
 from ..training.checkpoint import digest, load_weights
 from ..training.evaluation import evaluate as accuracy_of
@@ -39,14 +41,16 @@ from .runs import (
     EvaluationRun,
     LearnedRun,
     PrivateRun,
+    ReplacementRun,
     Run,
     SearchRun,
+    Training,
     TrainRun,
 )
 
 ABSENT = "Not on record here"  # begins the line on results that are partial
 ENGINES = ("local", "ray")
-RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
+RESIZED = ("flowers", "cars", "tiny_imagenet", "imagenet", "imagenet100", "imagenette")
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -147,7 +151,7 @@ def ensure(run: Run, source: str = "local", data: datasets.Data | None = None) -
     return record
 
 
-def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
+def trained(run: Training, source: str = "local") -> nn.Module:
     """The trained network of a run, in evaluation mode on the CPU; trained now if there is no local record.
 
     Raises:
@@ -163,7 +167,7 @@ def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
     config = run.network
     if "architecture" in record["metrics"]:
         config = config_of({**dataclasses.asdict(config), "attention": record["metrics"]["architecture"]})
-    model = build(config)
+    model = shaped(config, record["metrics"]["hidden"]) if "hidden" in record["metrics"] else build(config)
     load_weights(model, path)
     if record["metrics"].get("weights", found := digest(*model.state_dict().values())) != found:
         raise ValueError(f"the weights {path} are not those of its record: delete {store.path(run, source)} and them")
@@ -217,8 +221,8 @@ def resolve(name: str) -> str:
 def _train_together(asked: list, label: str, minutes: float | None, engine: str) -> bool:
     """Do the trainings that are missing, several at a time.
 
-    They start in the order asked for, but those that wait for another: pupils for their teacher, and of the searches
-    that share a first phase all for the first.
+    They start in the order asked for, but those that wait for another: pupils for their teacher, what is pruned for
+    what it is pruned from, and of the searches that share a first phase all for the first.
 
     Returns:
         whether there was time for all that is asked.
@@ -226,8 +230,8 @@ def _train_together(asked: list, label: str, minutes: float | None, engine: str)
     Raises:
         Exception: what stopped the first of those that were stopped; the others are done before it is said.
     """
-    trainings = [run for run in asked if isinstance(run, TrainRun | SearchRun)]
-    with_teachers = dict.fromkeys(one for run in trainings for one in (run.teacher, run) if one)
+    trainings = [run for run in asked if isinstance(run, Training)]
+    with_teachers = dict.fromkeys(one for run in trainings for one in (*needed(run), run))
     missing = [run for run in with_teachers if store.find(run) is None]
     workers = min(os.cpu_count() or 1, MOST_TOGETHER, len(missing))
     if not missing or (engine == "local" and workers < 2 and minutes is None):
@@ -236,11 +240,11 @@ def _train_together(asked: list, label: str, minutes: float | None, engine: str)
         return False
     leaders = {run.first_phase(): run for run in reversed(missing) if isinstance(run, SearchRun)}
 
-    def waits(run: TrainRun | SearchRun) -> bool:
+    def waits(run: Training) -> bool:
         leader = leaders[run.first_phase()] if isinstance(run, SearchRun) else run
-        return run.teacher in unfinished or (leader != run and leader in unfinished)
+        return bool(unfinished.intersection(needed(run))) or (leader != run and leader in unfinished)
 
-    unfinished, left, running = set(missing), list(missing), dict[Future, TrainRun | SearchRun]()
+    unfinished, left, running = set(missing), list(missing), dict[Future, Training]()
     failures: list[BaseException] = []
     end = None if minutes is None else time.monotonic() + 60 * minutes
     pool: Pool = _nodes(missing) if engine == "ray" else Processes(workers)
@@ -269,7 +273,7 @@ class Pool(Protocol):
 
     workers: int  # how many it takes at a time
 
-    def submit(self, run: TrainRun | SearchRun) -> Future:
+    def submit(self, run: Training) -> Future:
         """Begin one; the future is done when it is on record, or has what stopped it."""
 
     def wait(self, running: Iterable[Future], patience: float | None) -> set[Future]:
@@ -291,7 +295,7 @@ class Processes:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self.workers, self._pool = workers, loky.ProcessPoolExecutor(workers, env=dict.fromkeys(names, threads))
 
-    def submit(self, run: TrainRun | SearchRun) -> Future:
+    def submit(self, run: Training) -> Future:
         """As in `Pool`."""
         return self._pool.submit(_in_a_worker, run, workspace.ROOT, os.getpid())
 
@@ -304,10 +308,16 @@ class Processes:
         self._pool.shutdown(kill_workers=True)
 
 
-def _nodes(runs: list[TrainRun | SearchRun]) -> Pool:
+def _nodes(runs: list[Training]) -> Pool:
     from .cluster import Nodes  # Ray, which few have
 
     return Nodes(runs)
+
+
+def needed(run: Training) -> list[Training]:
+    """The trainings that one starts from, in order."""
+    teacher: list[Training] = [run.teacher] if run.teacher else []
+    return [*teacher, run.unpruned()] if isinstance(run, ReplacementRun) and run.pruning else teacher
 
 
 def _in_a_worker(run: Run, root: Path, parent: int) -> None:
@@ -336,18 +346,18 @@ def _unfinished(run: Run) -> Path:
     return store.path(run, ending=".unfinished")
 
 
-def checkpoint(run: TrainRun | SearchRun) -> Path:
-    """The file that a training goes on from; of a search its first phase, which others may have made."""
+def checkpoints(run: Training) -> list[Path]:
+    """The files that a training goes on from: one for each stage; of a search its first phase, which others share."""
     if isinstance(run, SearchRun):
-        return _phases(run) / "nas.pt"
-    return _unfinished(run) / "checkpoint.pt"
+        return [file for file in [_phases(run) / "nas.pt"] if file.exists()]
+    return sorted(_unfinished(run).glob("*.pt"))
 
 
 def _phases(run: SearchRun) -> Path:
     return store.path(run.first_phase(), ending=".phases")
 
 
-def _save_weights(run: TrainRun | SearchRun, model: nn.Module) -> dict:
+def _save_weights(run: Training, model: nn.Module) -> dict:
     """Write them beside the record; what the record says of them."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     workspace.write(store.path(run, ending=".pt"), lambda file: torch.save(weights, file))
@@ -373,7 +383,7 @@ def _train(run: TrainRun, data: datasets.Data | None = None) -> dict:
     torch.manual_seed(run.seed)
     model = build(run.network)
     data = data or dataset(run.data, run.images)
-    result = train(model, data, run.recipe, teacher, checkpoint=checkpoint(run))
+    result = train(model, data, run.recipe, teacher, checkpoint=_unfinished(run) / "checkpoint.pt")
     return _metrics(result) | _save_weights(run, model)
 
 
@@ -391,6 +401,28 @@ def _search(run: SearchRun, data: datasets.Data | None = None) -> dict:
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")
     return {**finetune, **found, "history": history}
+
+
+def _replace(run: ReplacementRun, data: datasets.Data | None = None) -> dict:
+    taught = ensure(run.teacher)["metrics"]["test_accuracy"]
+    data, folder = data or dataset(run.data, run.images), _unfinished(run)
+    if run.pruning:
+        result = prune(run.pruning, trained(run.unpruned()), data, folder)
+    else:
+        result = distil(run.distillation, trained(run.teacher), data, folder)
+        result["parameters"] = cost.parameters(result["network"])
+    stages = result.pop("stages")
+    history = [{"stage": name, **facts} for name, stage in stages.items() for facts in stage["history"]]
+    told = ("test_accuracy", "test_loss", "validation_accuracy", "best_epoch", "seconds")
+    return {
+        "teacher_accuracy": taught,
+        "stages": {name: {what: stage[what] for what in told} for name, stage in stages.items()},
+        "seconds": sum(stage["seconds"] for stage in stages.values()),
+        "threads": torch.get_num_threads(),
+        **_save_weights(run, result.pop("network")),
+        **result,
+        "history": history,
+    }
 
 
 def _learned(run: LearnedRun) -> dict:
@@ -502,6 +534,7 @@ def _drift(run: DriftRun) -> dict:
 _MEASURES: dict[type, Callable[..., dict]] = {
     TrainRun: _train,
     SearchRun: _search,
+    ReplacementRun: _replace,
     LearnedRun: _learned,
     ClearRun: _clear,
     PrivateRun: _private,

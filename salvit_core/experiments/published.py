@@ -125,10 +125,10 @@ def variants() -> pd.DataFrame:
 
 def mechanisms() -> pd.DataFrame:
     """Seventeen mechanisms in one small network: accuracy, and what it costs on shares, the most accurate first."""
-    plan = efficient.plan(efficient.profile_of(profiles.profile("reference")), ["cifar10"])
+    plan = efficient.plan(profiles.profile_of(profiles.profile("reference")), ["cifar10"])
     clear, private = efficient.clear_runs(plan), efficient.private_runs(plan, profiles.profile("reference").queries)
-    asked = [plan.values(), clear.values(), [run for each in private.values() for run in each]]
-    trained, spent, on_shares = (execute.recorded(runs, "reference") for runs in asked)
+    trained, spent = execute.recorded(plan.values(), "reference"), execute.recorded(clear.values(), "reference")
+    on_shares = execute.recorded([run for each in private.values() for run in each], "reference")
     table = efficient.comparison(plan, trained, clear, spent, private, on_shares).set_index("method")
     columns = {"accuracy": "accuracy (%)", "mflops": "MFLOPs", "private_s": "private (s)", "rounds": "rounds"}
     columns |= {"private_mb": "MB"}

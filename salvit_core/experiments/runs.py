@@ -12,6 +12,8 @@ from ..fields import Checked, Count, CountOrNone, Seed
 from ..models.config import PRESETS, CCTConfig, TransformerConfig, config_of, preset
 from ..models.rows import ROWS
 from ..private.links import Link
+from ..replacement.distillation import Distillation, replaced_config
+from ..replacement.pruning import Pruning
 from ..search.priced import PricedSearch
 from ..search.released import ReleasedSearch
 from ..search.sas import Search
@@ -24,6 +26,8 @@ SHAPES = {
     "fashion_mnist": (28, 1, 10),
     "cifar10": (32, 3, 10),
     "cifar100": (32, 3, 100),
+    "flowers": (224, 3, 102),
+    "cars": (224, 3, 196),
     "tiny_imagenet": (224, 3, 200),
     "imagenet": (224, 3, 1000),
     "imagenet100": (64, 3, 100),
@@ -124,6 +128,57 @@ class SearchRun(Checked):
         return (
             f"{self.data} {kind} {search.network.normalizer} b {search.budget}{rule}{taught} {epochs} seed {self.seed}"
         )
+
+
+@dataclass(frozen=True)
+class ReplacementRun(Checked):
+    """Attention of one trained network replaced by another mechanism, and what came of it pruned.
+
+    Attributes:
+        teacher: the run that trained the network.
+        distillation: what replaces its attention, and how that is trained.
+        pruning: how it is pruned after that; None: it is not.
+    """
+
+    study: ClassVar[str] = "replacement"
+
+    teacher: TrainRun
+    distillation: Distillation
+    pruning: Pruning | None = None
+
+    @property
+    def data(self) -> str:
+        """The teacher's, as its number of images."""
+        return self.teacher.data
+
+    @property
+    def images(self) -> int:
+        """As in `TrainRun`."""
+        return self.teacher.images
+
+    @property
+    def seed(self) -> int:
+        """Of the replacements and their training."""
+        return self.distillation.seed
+
+    @property
+    def network(self) -> TransformerConfig:
+        """The architecture with its replacements, none of whose hidden units is pruned."""
+        run = self.distillation
+        return replaced_config(self.teacher.network, run.by, run.layers, run.drop_path)
+
+    def unpruned(self) -> "ReplacementRun":
+        """What is to be pruned."""
+        return dataclasses.replace(self, pruning=None)
+
+    def label(self) -> str:
+        """Data set, teacher, replacement, loss, epochs, what is pruned, seed."""
+        run, taught = self.distillation, "-".join(dict.fromkeys(map(str, self.teacher.network.attention)))
+        epochs = " ".join(str(recipe.epochs) for recipe in run.stages().values())
+        pruned = ""
+        if self.pruning:
+            pruned = f" pruned {self.pruning.share:g} {self.pruning.regulariser.replace('_', ' ')}"
+        return f"{self.data} {taught} by {run.by} {run.loss} {epochs} epochs{pruned} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +311,7 @@ class EvaluationRun(Checked):
 
     study: ClassVar[str] = "encrypted"
 
-    trained: TrainRun | SearchRun
+    trained: TrainRun | SearchRun | ReplacementRun
     n: Count = 256
     batch: Count = 8
     protocol: str = "tuned"
@@ -288,7 +343,7 @@ class DriftRun(Checked):
 
     study: ClassVar[str] = "drift"
 
-    trained: TrainRun | SearchRun
+    trained: TrainRun | SearchRun | ReplacementRun
     n: Count = 4
     protocol: str = "tuned"
     provider: str = "TFP"
@@ -304,10 +359,14 @@ class DriftRun(Checked):
         return f"{self.trained.label()} {self.protocol} {self.n} images"
 
 
-Run = TrainRun | SearchRun | LearnedRun | ClearRun | PrivateRun | CalibrationRun | EvaluationRun | DriftRun
+Training = TrainRun | SearchRun | ReplacementRun  # what leaves weights
+Run = Training | LearnedRun | ClearRun | PrivateRun | CalibrationRun | EvaluationRun | DriftRun
 RUNS = {
     each.study: each
-    for each in (TrainRun, SearchRun, LearnedRun, ClearRun, PrivateRun, CalibrationRun, EvaluationRun, DriftRun)
+    for each in (
+        *(TrainRun, SearchRun, ReplacementRun, LearnedRun, ClearRun, PrivateRun, CalibrationRun, EvaluationRun),
+        DriftRun,
+    )
 }
 
 
@@ -369,13 +428,20 @@ def _read(kind: type, fields: dict) -> Any:
         "networks": lambda f: tuple(config_of(each) for each in f),
         "recipe": lambda f: Recipe(**f),
         "first": lambda f: Recipe(**f),
-        "finetune": lambda f: Recipe(**f),
+        **dict.fromkeys(("finetune", "attention", "blocks", "head", "sparsify"), lambda f: f and Recipe(**f)),
         "teacher": lambda f: f and _read(TrainRun, f),
-        "trained": lambda f: _read(SearchRun if "search" in f else TrainRun, f),
+        "trained": _training,
+        "distillation": lambda f: _read(Distillation, f),
+        "pruning": lambda f: f and _read(Pruning, f),
         "search": _search,
         "link": lambda f: f and Link(**f),
     }
     return kind(**{name: read.get(name, _tuples)(value) for name, value in fields.items()})
+
+
+def _training(fields: dict) -> Training:
+    kind = SearchRun if "search" in fields else ReplacementRun if "distillation" in fields else TrainRun
+    return _read(kind, fields)
 
 
 def _search(fields: dict) -> Search | ReleasedSearch | PricedSearch:

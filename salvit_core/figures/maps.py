@@ -1,33 +1,42 @@
 """Matrices and attention maps as pictures."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from .style import STYLE, WIDTH, write_note
 
 
-def heat_maps(matrices: dict[str, np.ndarray], note: str = "") -> Figure:
+def heat_maps(
+    matrices: Mapping[str, np.ndarray | pd.DataFrame], note: str = "", labels: tuple[str, str] = ("key", "query")
+) -> Figure:
     """Matrices side by side, each with its own scale, from its least to its largest value.
 
     Args:
-        matrices: title to a matrix (N, K).
+        matrices: title to a matrix (N, K); a DataFrame's rows and columns are named.
         note: what is shown.
+        labels: of the columns and of the rows.
 
     Raises:
         ValueError: no matrix, or an empty one.
     """
-    _refuse_empty({f"matrix {title!r}": matrix for title, matrix in matrices.items()})
+    _refuse_empty({f"matrix {title!r}": np.asarray(matrix) for title, matrix in matrices.items()})
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(matrices), figsize=(WIDTH, 0.6 + WIDTH / max(2, len(matrices))), squeeze=False, layout="constrained"
         )
         for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
-            shown = axis.imshow(matrix, cmap="cividis", aspect="auto", interpolation="nearest")
+            shown = axis.imshow(np.asarray(matrix), cmap="cividis", aspect="auto", interpolation="nearest")
             figure.colorbar(shown, ax=axis, shrink=0.8)
             axis.set_title(title)
-            axis.set_xlabel("key")
-            axis.set_ylabel("query")
+            if isinstance(matrix, pd.DataFrame):
+                axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=30, ha="right")
+                axis.set_yticks(range(matrix.shape[0]), matrix.index)
+            axis.set_xlabel(labels[0])
+            axis.set_ylabel(labels[1])
         write_note(figure, note)
     return figure
 

@@ -91,6 +91,45 @@ def last(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bi,bhij->bhj", pooled[..., 0], layer)
 
 
+def importance(model: nn.Module, images: torch.Tensor, last: int = 0) -> list[torch.Tensor]:
+    """How much every token that a block gives moves with every token that it reads (FAR, arXiv 2505.21535).
+
+    T_ij = sum over features c of |d (sum of the features of out_i) / d in_jc|, in FAR the mean over images. Every block
+    has it, whatever mixes its tokens: a recurrence has no attention weights. The residual connection and the MLP are in
+    it, unlike in `weights`; the diagonal is theirs above all.
+
+    Args:
+        model: a CCT or a ViT; its training flag is put back.
+        images: (B, C, height, width), normalised.
+        last: of how many of the last blocks (0: all).
+
+    Returns:
+        per block (B, N, N): row i is a token of the output, column j one of the input.
+    """
+    blocks = list(model.blocks)[-last:]
+    seen, found = _inputs(model, blocks, images), []
+    with _evaluation(model), torch.enable_grad():
+        for block, x in zip(blocks, seen, strict=True):
+            x = x.detach().requires_grad_()
+            sums = block(x).sum((0, 2))  # (N): images are apart, so that the gradient of their sum is each one's
+            rows = [torch.autograd.grad(one, x, retain_graph=True)[0].abs().sum(-1) for one in sums]
+            found.append(torch.stack(rows, 1))
+    return found
+
+
+def read(model: nn.Module, moved: torch.Tensor) -> torch.Tensor:
+    """What of a block's tokens the answer reads: the class token's row of `importance` in a ViT, else their mean.
+
+    Args:
+        model: a CCT or a ViT.
+        moved: (..., N, N), as `importance` and `rollout` give.
+
+    Returns:
+        (..., N): by token of the block's input.
+    """
+    return moved[..., 0, :] if isinstance(model, ViT) else moved.mean(-2)
+
+
 def grid(tokens: torch.Tensor) -> torch.Tensor:
     """A value per token as a square picture; a class token, which has no place in it, is dropped.
 

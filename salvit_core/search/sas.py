@@ -370,7 +370,7 @@ def found(net: MixedCCT, chosen: Architecture, history: list[dict], tuned: dict,
 
 
 def _for(recipe: Recipe, teacher: torch.nn.Module | None) -> torch.nn.Module | None:
-    return teacher if recipe.distill_logits or recipe.distill_features else None
+    return teacher if recipe.distills else None
 
 
 def _heads_of(tensor: torch.Tensor, name: str, held: list[int], heads: int) -> torch.Tensor:

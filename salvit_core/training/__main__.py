@@ -5,13 +5,11 @@ torchrun --nproc-per-node 2 -m salvit_core.training --preset cct_7_3x1 --data ci
 """
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import tyro
 
 from .. import datasets, workspace
@@ -20,7 +18,7 @@ from ..models.config import EFFICIENTVITS, preset
 from ..models.vit import build
 from ..options import parsed
 from .loop import train
-from .processes import process
+from .processes import process, under_torchrun
 from .recipe import Recipe
 
 
@@ -61,22 +59,7 @@ def run(command: Command) -> None:
         FloatingPointError: a loss that is no number.
         OSError: a data set that cannot be had, or no room.
     """
-    device = command.device
-    if distributed := "LOCAL_RANK" in os.environ:  # started by torchrun
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        _train(dataclasses.replace(command, device=device))
-    finally:
-        if distributed:
-            dist.destroy_process_group()
-    if distributed:
-        # torch may still hold a group that was destroyed, and its threads now and then abort an interpreter that ends.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    under_torchrun(command.device, lambda device: _train(dataclasses.replace(command, device=device)))
 
 
 def _train(command: Command) -> None:

@@ -122,7 +122,7 @@ def resume(
         OSError: the file cannot be read; names it.
         ValueError: a file that is no checkpoint, lacks a part of one, or is of another run; names it.
     """
-    content = _loaded(path, "a checkpoint of this program")
+    content = loaded(path, "a checkpoint of this program")
     parts = ("identity", "model", "optimizer", "random", "history", "best")
     lacking = [name for name in parts if not isinstance(content, dict) or name not in content]
     if lacking:
@@ -130,6 +130,8 @@ def resume(
     found = content["identity"]
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
+    # What a checkpoint was written without, it was trained without.
+    found = {field.name: field.default for field in dataclasses.fields(Recipe)} | found
     for name in {**found, **identity}:
         if found.get(name) != identity.get(name):
             raise ValueError(
@@ -157,7 +159,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         OSError: the file cannot be read; names it.
         ValueError: it holds no weights, or those of another network, or some that are not finite; names it.
     """
-    weights = _loaded(path, "a file of weights")
+    weights = loaded(path, "a file of weights")
     try:
         model.load_state_dict(weights)
     except _UNFIT as error:
@@ -179,8 +181,13 @@ def not_finite(model: nn.Module) -> str:
 _UNFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
-def _loaded(path: Path, what: str) -> Any:
-    """What torch.save wrote. Only what cannot be decoded is to be deleted: what cannot be read may be sound."""
+def loaded(path: Path, what: str) -> Any:
+    """What torch.save wrote. Only what cannot be decoded is to be deleted: what cannot be read may be sound.
+
+    Raises:
+        OSError: the file cannot be read; names it.
+        ValueError: it is not what it should be; names it.
+    """
     workspace.readable(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

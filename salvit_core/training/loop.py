@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from .. import datasets, workspace
 from .checkpoint import described, not_finite, resume, save, seed_all
 from .checkpoint import identity as identity_of
-from .distillation import check_teacher, losses
+from .distillation import Watched, check_teacher, losses, places
 from .evaluation import best_epoch, evaluate
-from .preparation import LogitsAndFeatures, prepare, redraw
 from .preparation import optimizer as optimizer_of
+from .preparation import prepare, redraw
 from .processes import process, summed
 from .recipe import Recipe, autocast, learning_rate, multiplies_bf16
 
@@ -61,12 +61,14 @@ def fit(
             device and set to evaluation.
         penalty: a term added to the loss; its repr tells runs apart.
         checkpoint: file to write, and to resume from.
-        frozen: parameters that stay as they are: those with one of these words in their dotted name, such as "alpha".
+        frozen: parameters that stay as they are: those whose dotted name is one of these or holds it as a part, such as
+            "alpha" or "blocks.0.mlp".
 
     Yields:
         one dict of plain data per epoch: epoch (from 0), lr; loss and its parts (cross_entropy, distill_logits,
-        distill_features, penalty), each a mean over the epoch's images; validation_loss, validation_accuracy (%);
-        seconds of the whole epoch, images_per_second of its training steps; and the penalty's facts.
+        distill_features, distill_blocks, distill_attention, penalty), each a mean over the epoch's images;
+        validation_loss, validation_accuracy (%); seconds of the whole epoch, images_per_second of its training steps;
+        and the penalty's facts.
 
     Raises:
         ValueError: a checkpoint of another run, a teacher that does not fit, or a frozen name that is not there.
@@ -92,7 +94,9 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         history, best = resume(Path(checkpoint), identity, model, optimizer, generator)
         yield from [dict(facts) for facts in history]
-    network = LogitsAndFeatures(model)
+    watched = places(model, recipe, teacher)
+    taught = None if teacher is None else Watched(teacher, watched)
+    network = Watched(model, watched)
     network = DistributedDataParallel(network) if world > 1 else network
     network = torch.compile(network) if recipe.compile else network
 
@@ -104,12 +108,13 @@ def fit(
             group["lr"] = lr
         redraw(model, recipe.seed + epoch)
         model.train()
-        batches = datasets.batches(data.train, recipe.batch, recipe.augment, generator, part=(rank, world))
+        share = (rank, world)
+        batches = datasets.batches(data.train, recipe.batch, recipe.augment, generator, part=share, erase=recipe.erase)
         for step, (images, labels) in enumerate(batches):  # this process's (B, C, height, width), (B,)
             whole = min(recipe.batch, len(data.train.labels) - seen)  # images of all processes
             with autocast(recipe.bf16, device):
-                outputs = network(images)  # (B, classes), (B, M)
-            sums = losses(recipe, outputs, labels, images, teacher)
+                outputs = network(images)  # (B, classes), (B, M), and what is compared with the teacher's
+            sums = losses(recipe, outputs, labels, images, taught)
             loss = world * sum(sums.values()) / whole  # processes are averaged: the mean over the whole batch
             if penalty is not None:
                 term = penalty()

@@ -1,7 +1,6 @@
-"""What stands before the first step: what is trained, what decays, and what is drawn instead of learnt.
+"""What stands before the first step: what is trained, what decays, and what is drawn instead of learnt."""
 
-Letters in the shape comments: B batch, M dimension of the model.
-"""
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,11 +25,24 @@ def prepare(model: nn.Module, recipe: Recipe, frozen: tuple[str, ...], device: t
     model.to(device)
     if recipe.channels_last:
         model.tokenizer.to(memory_format=torch.channels_last)  # not the whole model: L2Q's c and d have four axes too
-    names = {word for name, _ in model.named_parameters() for word in name.split(".")}
-    if unknown := set(frozen) - names:
+    held = {name: [word for word in (*frozen, *DRAWN) if f".{word}." in f".{name}."] for name in names_of(model)}
+    if unknown := set(frozen) - {word for words in held.values() for word in words}:
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: it cannot be frozen")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not {*frozen, *DRAWN} & set(name.split(".")))
+        parameter.requires_grad_(not held[name])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("every parameter is frozen: nothing is left to train")
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """The dotted names of a network's parameters."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def others(model: nn.Module, trained: Sequence[str]) -> tuple[str, ...]:
+    """What to freeze so that only those parameters are trained that have one of these names, or lie within it."""
+    within = [any(f".{part}." in f".{name}." for part in trained) for name in names_of(model)]
+    return tuple(name for name, kept in zip(names_of(model), within, strict=True) if not kept)
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -51,22 +63,3 @@ def redraw(model: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         redraw_all(model)
-
-
-class LogitsAndFeatures(nn.Module):
-    """A network that also gives what its head reads, in one forward: DistributedDataParallel must see a single call."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, C, height, width) -> logits (B, classes) and features (B, M).
-
-        What the head of a network that others wrote reads has no name: its logits stand for it.
-        """
-        if not hasattr(self.model, "features"):
-            logits = self.model(images)
-            return logits, logits
-        features = self.model.features(images)  # (B, M)
-        return self.model.head(features), features

@@ -39,13 +39,21 @@ class Recipe(Checked):
     label_smoothing: Share = 0.1
     """Share of the target that is spread over all classes."""
     augment: Annotated[str, Among(*AUGMENT)] = "autoaugment"
-    """"none", "crop" or "autoaugment"."""
+    """"none", "crop", "autoaugment" or "randaugment"."""
+    erase: Share = 0.0
+    """Share of the images in which a rectangle is erased."""
     clip: Weight = 0.0
     """Largest norm of the gradient; 0: any."""
+    cross_entropy: Weight = 1.0
+    """Weight of the labels in the loss."""
     distill_logits: Weight = 0.0
     """Weight of the teacher's logits in the loss."""
     distill_features: Weight = 0.0
     """Weight of the teacher's last features in the loss."""
+    distill_blocks: Weight = 0.0
+    """Weight of the cosine losses between the outputs of the blocks and those of the teacher's, summed over blocks."""
+    distill_attention: Weight = 0.0
+    """Weight of the cosine losses between the attention outputs before their projections, summed over blocks."""
     temperature: Annotated[float, Range(0, 1e6, open=True)] = 4.0
     """Of both softmaxes where logits are distilled."""
     keep: Annotated[str, Among("best", "last")] = "best"
@@ -62,6 +70,11 @@ class Recipe(Checked):
     def ignored(self) -> set[str]:
         """The fields that this training does not depend on."""
         return set() if self.distill_logits else {"temperature"}
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher has a part in the loss."""
+        return bool(self.distill_logits or self.distill_features or self.distill_blocks or self.distill_attention)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

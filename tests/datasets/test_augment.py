@@ -169,3 +169,47 @@ def test_steps_are_drawn_as_often_as_the_policy_says():
     first, second = ([augment.STEPS[step][0] for step in steps[:, k].tolist()] for k in range(2))
     assert {b for a, b in zip(first, second, strict=True) if a == "invert"} == {"contrast", "identity"}
     assert {b for a, b in zip(first, second, strict=True) if a == "rotate"} == {"translate_x", "identity"}
+
+
+# RandAugment and random erasing
+
+
+def test_randaugment_draws_two_operations_of_fourteen_for_each_image():
+    assert len({name for name, _ in augment.RANDOM}) == 14
+    assert {abs(strength) for _, strength in augment.RANDOM} == {0.9}
+    images = torch.randint(256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    first, again = (augment.randaugment(images, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first, images)
+    known = augment.operations()
+    draws = torch.randint(len(augment.RANDOM), (64, 2), generator=torch.Generator().manual_seed(1))
+    for image, steps, wanted in zip(images, draws.tolist(), first):
+        for step in steps:
+            name, strength = augment.RANDOM[step]
+            image = known[name](image[None], strength)[0]
+        assert torch.equal(image, wanted)
+
+
+def test_erasing_takes_a_rectangle_of_a_share_of_the_images():
+    images = torch.zeros(2000, 1, 20, 30)
+    where, noise = augment.erased(images, 0.25, torch.Generator().manual_seed(0))
+    gone = where.flatten(1).double().mean(1)
+    assert where.shape == (2000, 1, 20, 30) and noise.shape == images.shape
+    assert (gone > 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert gone[gone > 0].min() > 0.01 and gone.max() <= 0.36 and gone[gone > 0].mean() > 0.1
+    for each in where[gone > 0][:50, 0]:  # whole rectangles
+        rows, columns = each.any(1), each.any(0)
+        assert each.sum() == rows.sum() * columns.sum()
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_processes_erase_and_augment_an_image_alike(few_digits):
+    def drawn(part):
+        generator = torch.Generator().manual_seed(3)
+        return list(data.batches(few_digits.train, 50, "randaugment", generator, part=part, erase=0.5))
+
+    whole, parts = drawn((0, 1)), [drawn((rank, 2)) for rank in range(2)]
+    for batch, *halves in zip(whole, *parts):
+        for rank, half in enumerate(halves):
+            assert torch.equal(batch[0][rank::2], half[0]) and torch.equal(batch[1][rank::2], half[1])
+    plain = list(data.batches(few_digits.train, 50, "randaugment", torch.Generator().manual_seed(3)))
+    assert any(not torch.equal(a, b) for (a, _), (b, _) in zip(whole, plain))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from test_load import equal, one_line, rows
@@ -419,3 +420,76 @@ def test_broken_imagenet(tmp_path, offline, harm, kind_of_error, message):
     with pytest.raises(kind_of_error, match=message) as error:
         data.load("imagenet", tmp_path, image=16)
     one_line(error)
+
+
+# Flowers and Cars
+
+
+def picture(path, shade, size=(20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 0, 255 - shade)).save(path)
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    folder = tmp_path / "flowers-102"
+    for number in range(1, 10):
+        picture(folder / "jpg" / f"image_{number:05d}.jpg", 20 * number)
+    labels = np.array([[5, 1, 102, 7, 7, 2, 2, 3, 4]])
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": labels})
+    sets = {"trnid": [[9, 1, 3]], "valid": [[2, 5]], "tstid": [[4, 6, 7, 8]]}
+    scipy.io.savemat(folder / "setid.mat", {name: np.array(each) for name, each in sets.items()})
+    return tmp_path
+
+
+@pytest.fixture
+def cars(tmp_path):
+    folder = tmp_path / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    kind = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
+    for part, place, classes in (
+        ("cars_train", "devkit/cars_train_annos.mat", (3, 196, 1, 2)),
+        ("cars_test", "cars_test_annos_withlabels.mat", (7, 3)),
+    ):
+        rows = np.empty((1, len(classes)), dtype=kind)
+        for i, label in enumerate(classes):
+            picture(folder / part / f"{i + 1:05d}.jpg", 30 * i)
+            rows[0, i] = (np.uint16(1), np.uint8(label), f"{i + 1:05d}.jpg")
+        scipy.io.savemat(folder / place, {"annotations": rows})
+    return tmp_path
+
+
+def test_flowers_are_read_from_their_lists(flowers):
+    found = data.load("flowers", flowers, image=16, validation=0.2)
+    assert found.classes == 102 and found.train.images.shape[1:] == (3, 16, 16)
+    trained = sorted([*found.train.labels.tolist(), *found.validation.labels.tolist()])
+    assert trained == sorted([4 - 1, 5 - 1, 102 - 1, 1 - 1, 7 - 1])  # images 9, 1, 3, 2 and 5, classes from 0
+    assert found.test.labels.tolist() == [6, 1, 1, 2]
+    assert abs(int(found.test.images[0, 0].float().mean()) - 80) < 4  # image 4
+
+
+def test_cars_are_read_from_their_lists(cars):
+    found = data.load("cars", cars, image=16, validation=0.25)
+    assert found.classes == 196
+    assert sorted([*found.train.labels.tolist(), *found.validation.labels.tolist()]) == [0, 1, 2, 195]
+    assert found.test.labels.tolist() == [6, 2] and found.test.images.shape == (2, 3, 16, 16)
+
+
+def test_flowers_and_cars_say_what_is_missing_or_broken(flowers, cars):
+    (flowers / "flowers-102" / "jpg" / "image_00003.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"image_00003.jpg is missing: unpack the data set again"):
+        data.load("flowers", flowers, image=16)
+    (flowers / "flowers-102" / "setid.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
+    with pytest.raises(ValueError, match=r"setid.mat is truncated or corrupt"):
+        data.load("flowers", flowers, image=16)
+    (cars / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cars_test_annos_withlabels.mat is missing"):
+        data.load("cars", cars, image=16)
+    with pytest.raises(FileNotFoundError, match=r"stanford_cars is missing: its site is gone; lay a copy out as"):
+        data.load("cars", cars / "elsewhere", image=16)
+
+
+def test_a_class_beyond_the_last_is_refused(flowers):
+    scipy.io.savemat(flowers / "flowers-102" / "imagelabels.mat", {"labels": np.full((1, 9), 103)})
+    with pytest.raises(ValueError, match=r"has class 103, the data set 1 to 102"):
+        data.load("flowers", flowers, image=16)

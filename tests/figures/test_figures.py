@@ -359,3 +359,11 @@ def test_an_infinite_picture_and_a_column_without_numbers():
         figures.heat_maps({"C": np.array([[1.0, np.inf]])})
     ratios = TABLES["ratios_beside_paper"].assign(paper=np.nan)  # rows that the paper has not
     assert figures.ratios_beside_paper(ratios).axes[0].has_data()
+
+
+def test_heat_maps_name_the_rows_and_columns_of_a_table():
+    table = pd.DataFrame([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], index=["one", "two"], columns=["a", "b", "c"])
+    axis, *_ = figures.heat_maps({"named": table}, labels=("head", "layer")).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "c"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["one", "two"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("head", "layer")

@@ -138,3 +138,39 @@ def test_attention_without_a_map_is_named():
     model.blocks[1].attention = nn.Identity()
     with pytest.raises(ValueError, match="Identity of block 2 has no attention map"):
         maps.weights(model, images())
+
+
+# Token importance
+
+
+@pytest.mark.parametrize("name, attention", [("vit_2", "self"), ("cct_2_3x1", "multi_lstm"), ("vit_2", "multi_lstm")])
+def test_token_importance_is_the_gradient_of_one_token_by_another(name, attention):
+    """Against differences in float64, feature by feature, on one image."""
+    torch.manual_seed(0)
+    model = build(preset(name, attention=attention)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    found = maps.importance(model, images)
+    size = model.config.tokens
+    assert [moved.shape for moved in found] == [(2, size, size)] * 2 and model.training
+    (last,) = maps.importance(model, images, last=1)
+    torch.testing.assert_close(last, found[1])
+    model.eval()
+    with torch.no_grad():
+        x = model.blocks[0](model.tokenizer(images) + model.position)
+        i, j, wanted = 3, 5, 0.0
+        for c in range(32):
+            step = torch.zeros_like(x)
+            step[:, j, c] = 1e-5
+            change = (model.blocks[1](x + step) - model.blocks[1](x - step))[:, i].sum(-1) / 2e-5  # (B)
+            wanted += change.abs()
+    torch.testing.assert_close(found[1][:, i, j], wanted, rtol=1e-4, atol=0)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_the_answer_reads_is_the_class_tokens_row():
+    moved = torch.arange(9.0).view(3, 3)
+    assert torch.equal(maps.read(build(preset("vit_2")), moved), moved[0])
+    assert torch.equal(maps.read(build(preset("cct_2_3x1")), moved), moved.mean(0))

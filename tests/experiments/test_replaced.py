@@ -1,0 +1,178 @@
+"""Replacement runs: records, keys, what they wait for, the tables that are made of them, and what they cost."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from salvit_core import build, preset, workspace
+from salvit_core.experiments import accuracy, evidence, execute, profiles, replaced, store
+from salvit_core.experiments.runs import EvaluationRun, ReplacementRun, run_of
+from salvit_core.models import cost
+from salvit_core.private import Link
+from salvit_core.private.estimation import estimate
+from salvit_core.replacement.pruning import Pruning
+from salvit_core.training import evaluate
+
+SMOKE = profiles.profile("smoke")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    before, workspace.ROOT = workspace.ROOT, tmp_path_factory.mktemp("root")
+    yield workspace.ROOT
+    workspace.ROOT = before
+
+
+@pytest.fixture(scope="module")
+def made():
+    return replaced.plan(SMOKE, "digits")
+
+
+@pytest.fixture(scope="module")
+def found(root, made):
+    return {run: execute.ensure(run) for run in made.values()}
+
+
+def test_a_record_has_what_was_asked_for(made, found):
+    run = made["multi_lstm", 0.0, 0]
+    facts = found[run]["metrics"]
+    assert list(facts["stages"]) == ["attention", "blocks", "head"]
+    assert facts["teacher_accuracy"] == execute.ensure(run.teacher)["metrics"]["test_accuracy"]
+    assert facts["test_accuracy"] == facts["stages"]["head"]["test_accuracy"]
+    assert [entry["stage"] for entry in found[run]["history"]] == ["attention", "blocks", "head"]
+    pruned = found[made["multi_lstm", 0.5, 0]]["metrics"]
+    assert pruned["parameters"] < pruned["parameters_before"] == facts["parameters"]
+    assert {"masked_accuracy", "sparsity", "channels", "hidden"} < set(pruned)
+    assert sum(row["pruned"] for row in pruned["channels"]) == sum(row["hidden"] for row in pruned["channels"]) // 2
+
+
+def test_weights_are_kept_and_are_those_of_the_record(made, found):
+    for run, record in found.items():
+        model = execute.trained(run)
+        assert cost.parameters(model) == record["metrics"]["parameters"]
+        data = execute.dataset(run.data, run.images)
+        assert evaluate(model, data.test)["accuracy"] == record["metrics"]["test_accuracy"]
+        assert not store.path(run, ending=".unfinished").exists()
+        assert EvaluationRun(run).trained.network.attention == ("multi_lstm",) * 4
+
+
+def test_a_record_is_read_back_as_its_run(made, found):
+    for run, record in found.items():
+        assert run_of(json.loads(json.dumps(record))) == run
+        assert (
+            run_of({"key": "", "study": "encrypted", "config": dataclasses.asdict(EvaluationRun(run))}).trained == run
+        )
+
+
+def test_a_key_has_what_changes_the_result_and_nothing_else(made):
+    run = made["multi_lstm", 0.0, 0]
+    keys = {store.key(each) for each in made.values()}
+    assert len(keys) == len(made)
+    other = dataclasses.replace(run.distillation, loss="similarity")
+    assert store.key(dataclasses.replace(run, distillation=other)) not in keys
+    assert store.key(dataclasses.replace(run, pruning=Pruning())) not in keys
+    assert store.key(ReplacementRun(run.teacher, dataclasses.replace(run.distillation))) == store.key(run)
+    assert made["multi_lstm", 0.5, 0].unpruned() == run
+
+
+def test_tables(made, found):
+    table = replaced.accuracies(made, found)
+    assert list(table["variant"]) == ["teacher", "multi-head BiLSTM"]
+    short = replaced.summary(table)
+    facts = found[made["multi_lstm", 0.0, 0]]["metrics"]
+    assert short.loc["multi-head BiLSTM", "kept"] == pytest.approx(facts["test_accuracy"] - facts["teacher_accuracy"])
+    assert short.loc["teacher", "parameters"] < short.loc["multi-head BiLSTM", "parameters"]
+    assert "multi-head BiLSTM" in replaced.said_of_accuracy(table)
+    lost = replaced.pruned(made, found)
+    assert lost["share"].tolist() == [50] and "50 % of the hidden units" in replaced.said_of_pruning(lost)
+    channels = replaced.pruned_channels(found[made["multi_lstm", 0.5, 0]])
+    assert channels.shape == (4, 4) and channels.to_numpy().mean() == pytest.approx(50)
+
+
+def test_a_spread_is_the_seeds_standard_deviation():
+    rows = [{"variant": "teacher", "seed": seed, "accuracy": a} for seed, a in enumerate((50.0, 52.0, 57.0))]
+    table = pd.DataFrame(rows).assign(kept=0.0, after_attention=0.0, after_blocks=0.0, parameters=1)
+    short = replaced.summary(table)
+    assert short.loc["teacher", "accuracy"] == 53 and short.loc["teacher", "seeds"] == 3
+    assert short.loc["teacher", "spread"] == pytest.approx((13) ** 0.5)
+
+
+def test_nothing_on_record_gives_empty_tables_and_says_so(made):
+    assert replaced.accuracies(made, {}).empty and replaced.summary(replaced.accuracies(made, {})).empty
+    assert replaced.said_of_accuracy(replaced.accuracies(made, {})) == "No replacement is on record."
+    assert replaced.said_of_pruning(replaced.pruned(made, {})) == "No pruned network is on record."
+
+
+def test_rounds_of_a_recurrence_grow_with_its_steps_and_not_with_the_batch():
+    """What notebook 08 concludes, by count."""
+    small = replaced.networks(SMOKE, "digits")
+    configs = {"SA softmax": small["SA softmax"], "multi-head BiLSTM": small["multi-head BiLSTM"]}
+    scan = dataclasses.replace(small["SA softmax"], attention="parallel_scan")
+    table = replaced.priced({**configs, "parallel scan": scan}, (1, 4)).set_index(["method", "batch"])
+    rounds, mb = table["rounds"], table["mb"]
+    assert rounds["multi-head BiLSTM", 1] > 3 * rounds["SA softmax", 1]
+    assert rounds["parallel scan", 1] < rounds["SA softmax", 1]
+    assert rounds["multi-head BiLSTM", 4] < 1.05 * rounds["multi-head BiLSTM", 1]
+    assert mb["multi-head BiLSTM", 4] > 3 * mb["multi-head BiLSTM", 1]
+
+
+def test_the_campaign_trains_the_reference_replacements():
+    every = evidence.campaign()
+    runs = [run for run in every if isinstance(run, ReplacementRun)]
+    plan = replaced.plan(profiles.profile("reference"), "cifar10")
+    assert set(plan.values()) == set(runs)
+    assert len({run.seed for run in runs}) == 3 and {run.images for run in runs} == {15_000}
+    assert {run.teacher for run in runs} < set(every)
+
+
+def test_importance_is_shown_without_its_diagonal(root, made, found):
+    here = replaced.with_weights(made, "local")
+    assert list(here) == ["teacher", "multi-head BiLSTM", "multi-head BiLSTM, pruned 50%"]
+    models = {name: execute.trained(run) for name, run in here.items()}
+    images = torch.randn(2, 1, 8, 8)
+    moved = replaced.importance(models, images)
+    shown = replaced.heat(moved)
+    assert all(picture.shape == (16, 16) and pd.isna(picture.diagonal()).all() for picture in shown.values())
+    rows = replaced.patches(models, moved, images)
+    assert list(rows)[0] == "teacher, rollout" and all(
+        len(row) == 2 and row[0].shape == (4, 4) for row in rows.values()
+    )
+
+
+def test_the_priced_search_may_choose_a_recurrence(root):
+    """The price of a scan has its sigmoid in it, that of an LSTM its steps; the search runs to its end."""
+    search, prices = replaced.choice(SMOKE, "digits")
+    assert list(prices) == ["self", "external", "scaling", "parallel_scan"] and min(prices.values()) > 0
+    assert search.search.choices == tuple(prices) and search.search.budget > 4 * min(prices.values())
+    record = execute.ensure(search)
+    assert set(record["metrics"]["architecture"]) <= set(prices)
+    sizes = profiles.profile("reference")
+    assert list(replaced.choice(sizes, "digits")[1])[3:] == ["multi_lstm", "parallel_scan"]
+
+
+def test_a_price_has_the_gates_of_a_recurrence_in_it():
+    """On a link that has only rounds, one a second: what all but the MLP and the norms of a layer take."""
+    link, found = Link(2.0, 1e30), {}
+    for name in ("scaling", "parallel_scan", "multi_lstm"):
+        config = preset("cct_2_3x1", attention=name)
+        steps = estimate(build(config), (1, 1, 8, 8)).operations
+        layers = steps[steps["layer"].str.startswith("block")]
+        found[name] = layers["rounds"].sum() / 2, accuracy.prices({name: config}, link)[name]
+    for name, (rounds, price) in found.items():  # what is not attention's is the same in all three
+        assert rounds - found["scaling"][0] == pytest.approx(price - found["scaling"][1], abs=1.5), name
+    assert found["multi_lstm"][1] > found["parallel_scan"][1] > found["scaling"][1]
+
+
+@pytest.mark.processes
+def test_seconds_on_links_are_per_image(root):
+    configs = {"SA softmax": preset("cct_2_3x1"), "multi-head BiLSTM": preset("cct_2_3x1", attention="multi_lstm")}
+    runs = replaced.private_runs(profiles.profile("reference"), configs)
+    assert list(runs) == [(name, batch) for batch in (1, 32) for name in configs]
+    some = {which: run for which, run in runs.items() if which[0] == "multi-head BiLSTM"}
+    table = replaced.on_links(some, execute.collect(some.values()))
+    assert table["right"].all() and (table["WAN"] > table["LAN"]).all() and (table["LAN"] > table["loopback"]).all()
+    waits = table["WAN"] - table["loopback"]
+    assert waits["multi-head BiLSTM", 32] < waits["multi-head BiLSTM", 1] / 16  # the rounds are shared

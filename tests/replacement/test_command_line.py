@@ -1,0 +1,193 @@
+"""`salvit replace`: its four modes one after the other, the published command lines, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from salvit_core import ViT, cli, preset
+from salvit_core.models import cost
+from salvit_core.replacement import __main__ as replacement
+from salvit_core.training.__main__ import main as train
+
+QUICK = ["--augment", "none", "--reprob", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("replace")
+    train(
+        f"--preset cct_2_3x1 --data digits --epochs 6 --batch 64 --lr 4e-3 --augment none --out {made}/teacher".split()
+    )
+    options = "--epochs 2 --batch-size 64 --lr 3e-2 --block-ft-epochs 1 --block-ft-lr 2e-3 --block-ft-batch-size 64"
+    cli.main(f"replace train --run {made}/teacher --out {made}/far {options} --head-epochs 1".split() + QUICK)
+    return made
+
+
+def said(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_train_replaces_attention(folder):
+    result = said(folder / "far")
+    assert result["config"]["attention"] == ["multi_lstm", "multi_lstm"] and result["teacher"] == "teacher"
+    assert list(result["stages"]) == ["attention", "blocks", "head"]
+    attention = result["distillation"]["attention"]
+    assert attention["lr"] == pytest.approx(3e-2 * 64 / 512) and attention["augment"] == "none"
+    assert result["distillation"]["blocks"]["lr"] == 2e-3
+    model, _ = replacement.restored(folder / "far")
+    assert cost.parameters(model) > cost.parameters(replacement.restored(folder / "teacher")[0])
+
+
+def test_prune_removes_units_and_evaluate_reads_the_smaller_network(folder, capsys):
+    cli.main(f"replace prune --model-path {folder}/far --share 0.5 --epochs 1 --finetune-epochs 1 --lr 2e-3 "
+             f"--batch-size 64 --out {folder}/small".split() + QUICK)  # fmt: skip
+    assert "64 of 128 hidden units removed" in capsys.readouterr().out
+    result = said(folder / "small")
+    assert result["parameters"] < result["parameters_before"]
+    assert sum(sum(pair) for layer in result["hidden"] for pair in layer) == 64
+    model, data = cli.subject(cli.Infer(run=folder / "small"))
+    assert cost.parameters(model) == result["parameters"] and data.name == "digits"
+
+
+def test_downstream_has_a_new_head(folder):
+    source = folder / ("small" if (folder / "small").exists() else "far")
+    options = "--epochs 1 --batch-size 64 --lr 1e-3 --augment none --dataset digits"
+    cli.main(f"replace downstream --ds-pruned {source} {options} --out {folder}/down --head-only".split())
+    before, after = (replacement.restored(each)[0].state_dict() for each in (source, folder / "down"))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"head.weight", "head.bias"}
+    assert said(folder / "down")["stages"]["downstream"]["test_accuracy"] == said(folder / "down")["test_accuracy"]
+
+
+def test_visualize_draws_and_writes_numbers(folder):
+    cli.main(f"replace visualize --run {folder}/far --n 4 --out {folder}/seen".split())
+    for name in ("tokens.png", "patches.png"):
+        assert (folder / "seen" / name).stat().st_size > 5000
+    found = json.loads((folder / "seen" / "importance.json").read_text())
+    assert list(found["importance"]) == ["block 1", "block 2"] and len(found["importance"]["block 1"]) == 16
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --rep-by multi-lstm --base-model DeiT-Base --batch-size 64 --block-ft-lr 2e-5 --block-ft-batch-size 64 "
+        "--skip-train-attn",
+        "train --rep-by multi-lstm --scale Small",
+        "train --rep-by multi-lstm --base-model DeiT-Tiny",
+        "prune --batch-size 64 --model-path there",
+        "downstream --dataset cifar100 --lr 5e-5 --epochs 1000 --reprob 0.0 --drop-path 0.0",
+        "downstream --ds-pruned there --dataset cars --lr 5e-5 --epochs 1000 --reprob 0.0 --drop-path 0.0",
+        "visualize",
+    ],
+)
+def test_the_published_command_lines_are_understood(words, monkeypatch):
+    begun = []
+    monkeypatch.setattr(replacement, "run", begun.append)
+    monkeypatch.setattr(cli, "visualize", begun.append)
+    cli.main(["replace", *words.split()])
+    (command,) = begun
+    if "skip" in words:
+        assert command.skip_train_attn and command.block_ft_lr == 2e-5 and command.batch_size == 64
+        assert command.base_model == "DeiT-Base"
+    if "Small" in words:
+        assert command.base_model == "Small"
+    if "ds-pruned" in words:
+        assert str(command.run) == "there" and command.data == "cars"
+
+
+def test_a_deit_is_a_teacher_by_name_with_weights_from_a_file(tmp_path):
+    """Of two layers and 16 pixels, that it may be trained here; under timm's names."""
+    names = {"tokenizer.class_token": "cls_token", "position": "pos_embed", "tokenizer.embed": "patch_embed.proj"}
+    names |= {"attention.qkv": "attn.qkv", "attention.projection": "attn.proj", "expand": "fc1", "contract": "fc2"}
+    torch.manual_seed(0)
+    model = ViT(preset("deit_tiny", image=32, classes=10))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor
+    torch.save({"model": state}, tmp_path / "deit.pth")
+    for name in ("DeiT-Tiny", "Tiny"):
+        found = replacement.named(name, tmp_path / "deit.pth")
+        images = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(found(images), model.eval()(images))
+    with pytest.raises(ValueError, match="the weights are not those of this ViT"):
+        replacement.named("DeiT-Small", tmp_path / "deit.pth")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train", "run is None, base model None: give one of both as the teacher"),
+        ("train --base-model DeiT-Huge --weights w.pt", "base model 'DeiT-Huge' is unknown: choose from DeiT-Tiny"),
+        ("train --base-model DeiT-Tiny", "weights is None: give the file with those of DeiT-Tiny"),
+        ("train --run nowhere", "run nowhere holds no result.json"),
+        ("train --run {teacher} --rep-by sand", "rep-by 'sand' is unknown: choose from"),
+        ("train --run {teacher} --rep-by self", "the teacher's attention is 'self' already"),
+        ("train --run {teacher} --data cifar10", "cifar10 has images of 3 channels"),
+        ("train --run {teacher} --block-ft-epochs 0 --head-epochs 0 --skip-train-attn", "at least one stage"),
+        ("prune", "run is None: give a folder"),
+        ("prune --run {teacher}", "attention is self: hidden units are pruned of multi_lstm"),
+        ("downstream --run {teacher}", "dataset is None: name the other data set"),
+        ("visualize --run {far} --block 3", "block is 3: the network has 2"),
+        ("visualize --run {far} --n 9999", "n is 9999: the test split of digits has 359 images"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, words, message, tmp_path, monkeypatch):
+    if "cifar10" in words and not (replacement.workspace.ROOT / "data" / "cifar-10-batches-py").is_dir():
+        pytest.skip("needs CIFAR-10")
+    words = words.format(teacher=folder / "teacher", far=folder / "far").split()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["replace", *words, *(["--out", str(tmp_path / "out")] if "--run" in words else [])])
+    assert str(ended.value).startswith("error: ") and message in str(ended.value) and "\n" not in str(ended.value)
+
+
+@pytest.mark.processes
+def test_processes_of_torchrun_share_the_work(folder, tmp_path):
+    """And end with one result, whose losses are those of one process but for rounding: dropout is off."""
+    options = f"train --teacher {folder}/teacher --rep-by scaling --epochs 1 --batch-size 64 --lr 3e-2 --drop-path 0"
+    options = [*options.split(), *QUICK, "--block-ft-epochs", "1", "--block-ft-batch-size", "64", "--head-epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
+    done = subprocess.run(
+        [*command, "-m", "salvit_core.replacement", *options, "--out", str(tmp_path / "two")],
+        **dict(capture_output=True, text=True, env=environment, timeout=300),
+    )
+    assert done.returncode == 0, done.stderr
+    cli.main(["replace", *options, "--out", str(tmp_path / "one")])
+    for name, stage in said(tmp_path / "one")["stages"].items():
+        other = said(tmp_path / "two")["stages"][name]
+        assert [facts["loss"] for facts in other["history"]] == pytest.approx(
+            [f["loss"] for f in stage["history"]], 1e-3
+        )
+        assert other["test_accuracy"] == pytest.approx(stage["test_accuracy"], abs=2)
+    assert done.stdout.count("test accuracy") == 1
+
+
+@pytest.mark.processes
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder, tmp_path):
+    """In the first stage, in the second, and whenever half a second later is."""
+    options = f"train --teacher {folder}/teacher --epochs 3 --batch-size 64 --lr 3e-2 --block-ft-epochs 3".split()
+    options += ["--block-ft-batch-size", "64", "--head-epochs", "2", *QUICK]
+    cli.main(["replace", *options, "--out", str(tmp_path / "whole")])
+    command = [sys.executable, "-m", "salvit_core.replacement", *options, "--out", str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for wanted in ("attention_*.pt", "blocks_*.pt", "blocks_*.pt"):
+        started = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "parts").glob(wanted)) and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        started.kill()
+        started.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, parts = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
