@@ -21,7 +21,7 @@ from ..models.vit import build
 from ..private.estimation import estimate
 from ..private.links import Link
 from .execute import subject
-from .runs import EFFICIENTVIT, PrivateRun, name_of
+from .runs import PrivateRun, name_of
 
 COSTS = ("seconds", "offline_seconds", "rounds", "bytes", "serial_bytes", "offline_bytes")
 
@@ -72,7 +72,7 @@ def operations(found: Records, names: Mapping[PrivateRun, str] | None = None) ->
         tables.append(rows)
     columns = ["network", "method", "query", "protocol", "layer", "kind", *COSTS]
     table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
-    order = list(dict.fromkeys(names.values())) if names is not None else [*ROWS, EFFICIENTVIT]
+    order = list(dict.fromkeys(names.values())) if names is not None else list(dict.fromkeys([*ROWS, *table["method"]]))
     table["method"] = pd.Categorical(table["method"], order)
     table["kind"] = pd.Categorical(table["kind"], KINDS)
     return table

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..fields import Among, Checked, Count, CountOrNone, shown
-from ..models.config import PRESETS, Network
+from ..models.config import PRESETS, Network, TransformerConfig
 from ..models.rows import METHODS
 from ..search.priced import PricedSearch
 from ..search.released import ReleasedSearch
@@ -48,9 +48,11 @@ class Profile(Checked):
     seeds: Count = 3
     encrypted: Count = 256
 
-    def config(self, data: str, method: str | None = None, **changes) -> Network:
+    def config(self, data: str, method: str | None = None, **changes) -> TransformerConfig:
         """The network that this profile trains on a data set."""
-        return network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
+        made = network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
+        assert isinstance(made, TransformerConfig)  # as all of `PRESETS` are
+        return made
 
     def training(self, data: str, config: Network, seed: int = 0, **changes) -> TrainRun:
         """One network trained from scratch; `changes` are fields of `Recipe`, or `teacher`."""
