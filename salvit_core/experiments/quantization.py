@@ -16,9 +16,12 @@ ALL = "all tricks"
 VARIANTS = (ALL, *(f"without {trick}" for trick in TRICKS))
 SEEDS = (1005, 1006, 1007)  # of calibration; the first is the released one
 
-# The network of the reference records: an EfficientViT that two cores train in a quarter of an hour.
+# The network of the reference records: an EfficientViT that one core trains in minutes.
 TRAINED = TrainRun(
-    "cifar10", preset("efficientvit_micro_32"), Recipe(epochs=18, batch=64, lr=2e-3, augment="crop"), images=15000
+    "cifar10",
+    preset("efficientvit_micro_32"),
+    Recipe(epochs=12, batch=64, lr=3e-3, augment="crop", channels_last=True),
+    images=15000,
 )
 # A fiftieth of the published steps, at ten times the published rates, so that roundings still come to an end.
 BRIEF = dict(iterations=400, lr=1e-2, iterations_activations=100, lr_activations=4e-3)

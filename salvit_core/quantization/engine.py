@@ -100,7 +100,7 @@ class Quantization(Checked):
     iterations_activations: Annotated[Count, tyro.conf.arg(aliases=["--iters_a"])] = 5000
     """Steps of learning activations' step sizes, each block."""
     lr_activations: Positive = 4e-4
-    """Of these (Adam, to zero by half a cosine)."""
+    """Of these, relative to the step (Adam, to zero by half a cosine)."""
     seed: Seed = 1005
     """Of the choice of calibration images and of batches."""
 
@@ -293,7 +293,9 @@ def reconstruct_activations(
         before = _error(block, inputs, wanted)
     steps = [quantizer.step for quantizer in quantizers_of(block)]
     if options.reconstruction:
-        optimizer = torch.optim.Adam(steps, options.lr_activations)
+        # Relative to each step: of 8 bits one is thousandths, and absolute rates would move it by a part of itself.
+        groups = [{"params": [step], "lr": options.lr_activations * float(step)} for step in steps]
+        optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations_activations)
         for drawn in _batches(len(inputs), options.batch, options.iterations_activations, seed):
             loss = _distance(block(inputs[drawn]), wanted[drawn])
@@ -411,6 +413,8 @@ def quantize(
         ValueError: as `prepared`, or progress of another quantization in the folder.
         OSError: the folder cannot be written.
     """
+    if images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)  # a third less time on a processor
     plain, network = prepared(model, images, options)
     found: dict[str, Any] = {"history": []}
 

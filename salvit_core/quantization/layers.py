@@ -175,7 +175,7 @@ def folded(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"{name} is a batch norm that follows no layer: give the network to salvit_core.adopt first"
+                f"{name} is a batch norm that follows no layer: adopt the network first (salvit_core.adopt)"
             )
     return model.requires_grad_(False)
 
@@ -249,12 +249,13 @@ def computing(model: nn.Module, images: torch.Tensor) -> dict[str, nn.Module]:
     Raises:
         ValueError: there are none.
     """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     found: dict[str, nn.Module] = {}
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, result, name=name: found.setdefault(name, module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
+
+    def keep(module, inputs):
+        found.setdefault(names[module], module)
+
+    hooks = [module.register_forward_pre_hook(keep) for module in names]
     try:
         with torch.no_grad():
             model(images)

@@ -18,7 +18,7 @@ from salvit_core.quantization.layers import QuantizedLayer, ShiftDivide
 from salvit_core.quantization.quantizers import Quantizer
 from salvit_core.training import Recipe, evaluate, train
 
-FEW = dict(images=64, iterations=60, lr=2e-2, iterations_activations=20, lr_activations=4e-3)
+FEW = dict(images=64, iterations=30, lr=2e-2, iterations_activations=20, lr_activations=4e-3)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_evened_layers_are_regularised_and_end_in_hard_rounding(trained, images,
             assert (points - points.round()).abs().max() < 1e-3
             away = (layer.weight / layer.step + layer.zero).clamp(0, 2**layer.bits - 1) - layer.codes
             assert away.abs().max() < 1 + 1e-3  # a neighbour, up or down
-    assert max(found[10.0]) < 0.01 < min(found[0.0])
+    assert max(found[10.0]) < 0.03 < 0.06 < min(found[0.0]), found
 
 
 def test_every_activation_quantizer_works_the_shifted_layers_too(trained, images):
@@ -148,7 +148,7 @@ def test_every_activation_quantizer_works_the_shifted_layers_too(trained, images
     seen = {}
     for name, module in network.named_modules():
         if isinstance(module, Quantizer):
-            module.register_forward_hook(lambda module, inputs, made, name=name: seen.setdefault(name, made))
+            module.register_forward_hook(lambda module, inputs, made, name=name: seen.update({name: made}))
     with torch.inference_mode():
         network(images)
     wanted = {name for name, module in network.named_modules() if isinstance(module, Quantizer)}
@@ -177,7 +177,7 @@ def test_all_steps_are_learnt_that_of_the_sum_of_keys_too(trained, images):
 
 
 def test_learnt_steps_beat_the_searched(trained, images):
-    options = Quantization(bits_activations=4, **FEW | dict(iterations_activations=200))
+    options = Quantization(bits_activations=4, **FEW | dict(iterations_activations=100, lr_activations=1e-2))
     history = quantize(trained, images, options)["history"]
     of_activations = [block for block in history if "undecided" not in block]
     assert len(of_activations) == 8
@@ -211,7 +211,7 @@ CHANGES = dict(
     reconstruction=False,
     images=48,
     batch=16,
-    iterations=61,
+    iterations=31,
     lr=4e-2,
     iterations_activations=21,
     lr_activations=1e-3,
