@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from sklearn.linear_model import LinearRegression
 
-from ..models.config import TransformerConfig, preset
+from ..models.config import Network, preset
 from ..models.vit import build
 from ..private.estimation import WORK, Speed, estimate, modelled, work
 from ..private.parties.launch import infer
@@ -40,7 +40,7 @@ CHECKED = (
 )
 
 
-def of_this_machine(networks: tuple[TransformerConfig, ...] = FITTED, queries: int = 3) -> CalibrationRun:
+def of_this_machine(networks: tuple[Network, ...] = FITTED, queries: int = 3) -> CalibrationRun:
     """The calibration that this machine has, or would have."""
     machine = store.machine()
     return CalibrationRun(networks, queries, machine["processor"], machine["cores"])
@@ -71,7 +71,7 @@ def measure(run: CalibrationRun) -> dict:
     return {"speed": vars(fit(rows)), "operations": rows.to_dict("records")}
 
 
-def measured(config: TransformerConfig, queries: int = 3, seed: int = 0) -> pd.DataFrame:
+def measured(config: Network, queries: int = 3, seed: int = 0) -> pd.DataFrame:
     """A network's seconds by kind of operation, the median of several queries, beside the work of `estimate`.
 
     Returns:
@@ -105,7 +105,7 @@ def fit(rows: pd.DataFrame) -> Speed:
     return Speed(*(line.coef_ / scale.to_numpy()).tolist())
 
 
-def check(speed: Speed, networks: Iterable[TransformerConfig] = CHECKED, queries: int = 3) -> pd.DataFrame:
+def check(speed: Speed, networks: Iterable[Network] = CHECKED, queries: int = 3) -> pd.DataFrame:
     """Networks measured now, beside the model.
 
     Returns:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import datasets, workspace
 from ..models import cost
-from ..models.config import config_of
+from ..models.config import TransformerConfig, config_of
 from ..models.vit import build
 from ..quantization.engine import STAGES, drawn, quantize
 from ..search import priced, released, sas
@@ -362,7 +362,7 @@ def subject(run: ClearRun | PrivateRun) -> tuple[nn.Module, tuple[int, ...]]:
     """The network of a run, or its first attention alone, with the shape of one input."""
     torch.manual_seed(run.seed)
     model: nn.Module = build(run.network)
-    if not run.alone:
+    if not run.alone or not isinstance(run.network, TransformerConfig):  # it is refused elsewhere
         return model.eval(), (run.network.channels, run.network.image, run.network.image)
     attention = model.blocks[0].attention  # type: ignore[union-attr,index]  # a CCT's or a ViT's
     shape = (run.network.tokens, run.network.width)

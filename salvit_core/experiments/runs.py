@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from ..fields import Checked, Count, CountOrNone, Seed
-from ..models.config import PRESETS, CCTConfig, TransformerConfig, config_of, preset
+from ..models.config import (
+    EFFICIENTVITS,
+    PRESETS,
+    CCTConfig,
+    EfficientViTConfig,
+    Network,
+    TransformerConfig,
+    config_of,
+    preset,
+)
 from ..models.rows import ROWS
 from ..private.links import Link
 from ..quantization.engine import TRICKS, Quantization
@@ -32,7 +41,7 @@ SHAPES = {
 }
 
 
-def network(name: str, data: str, method: str | None = None, **changes) -> TransformerConfig:
+def network(name: str, data: str, method: str | None = None, **changes) -> Network:
     """A preset with the image size, channels and classes of a data set; the rest as in `preset`.
 
     Raises:
@@ -59,7 +68,7 @@ class TrainRun(Checked):
     study: ClassVar[str] = "training"
 
     data: str
-    network: TransformerConfig
+    network: Network
     recipe: Recipe
     images: CountOrNone = 0
     teacher: "TrainRun | None" = None
@@ -140,6 +149,11 @@ class LearnedRun(Checked):
     trained: TrainRun
     images: Count = 64
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.trained.network, TransformerConfig):
+            raise ValueError(f"trained is of {of_network(self.trained.network)}, which has no L2Q: give a CCT or a ViT")
+
     @property
     def seed(self) -> int:
         """Of the training."""
@@ -158,17 +172,21 @@ class ClearRun(Checked):
         network: the architecture.
         batches: images at a time whose latency is measured.
         repeats: forward passes per batch size, after some to warm up.
-        alone: only the attention of the first layer, on random tokens.
+        alone: only the attention of the first layer, on random tokens; of a transformer.
         seed: of the weights and of the images.
     """
 
     study: ClassVar[str] = "clear"
 
-    network: TransformerConfig
+    network: Network
     batches: tuple[Count, ...] = (1, 64)
     repeats: Count = 10
     alone: bool = False
     seed: Seed = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_alone(self)
 
     def label(self) -> str:
         """The network, or its attention."""
@@ -190,13 +208,13 @@ class PrivateRun(Checked):
         queries: how many queries.
         batch: images in a query.
         link: emulated connection; None for the bare loopback.
-        alone: only the attention of the first layer, on random tokens in place of images.
+        alone: only the attention of the first layer, on random tokens in place of images; of a transformer.
         seed: of the weights and, with `query`, of the images.
     """
 
     study: ClassVar[str] = "private"
 
-    network: TransformerConfig
+    network: Network
     protocol: str = "tuned"
     provider: str = "TFP"
     query: CountOrNone = 0
@@ -205,6 +223,10 @@ class PrivateRun(Checked):
     link: Link | None = None
     alone: bool = False
     seed: Seed = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_alone(self)
 
     def label(self) -> str:
         """The network, and what is not usual about the session."""
@@ -230,7 +252,7 @@ class CalibrationRun(Checked):
 
     study: ClassVar[str] = "calibration"
 
-    networks: tuple[TransformerConfig, ...]
+    networks: tuple[Network, ...]
     queries: Count
     processor: str
     cores: Count
@@ -351,12 +373,19 @@ Run = (
 RUNS: dict[str, type] = {each.study: each for each in get_args(Run)}
 
 
+def _refuse_alone(run: ClearRun | PrivateRun) -> None:
+    if run.alone and not isinstance(run.network, TransformerConfig):
+        raise ValueError(f"alone is True: {of_network(run.network)} has no layers of tokens, give a CCT or a ViT")
+
+
 # Names of networks
+
+EFFICIENTVIT = "EfficientViT"  # where the tables have the row of a transformer
 
 
 @functools.cache
-def _named() -> dict[TransformerConfig, tuple[str, str]]:
-    named: dict[TransformerConfig, tuple[str, str]] = {}
+def _named() -> dict[Network, tuple[str, str]]:
+    named: dict[Network, tuple[str, str]] = {preset(name): (name, EFFICIENTVIT) for name in EFFICIENTVITS}
     for name, fields in PRESETS.items():
         layers = fields.get("layers", TransformerConfig.layers)
         for method, choice in ROWS.items():
@@ -367,15 +396,20 @@ def _named() -> dict[TransformerConfig, tuple[str, str]]:
     return named
 
 
-def name_of(config: TransformerConfig) -> tuple[str, str] | None:
-    """Preset and method of a network, or None where it is no preset with a method of the tables."""
+def name_of(config: Network) -> tuple[str, str] | None:
+    """Preset and method of a network, or None where it is no preset with a method of the tables.
+
+    An EfficientViT's method is `EFFICIENTVIT`: its attention is its own.
+    """
     return _named().get(config)
 
 
-def of_network(config: TransformerConfig) -> str:
+def of_network(config: Network) -> str:
     """What a person would call a network: preset and method, or its kind, size and attention."""
     if found := name_of(config):
-        return " ".join(found)
+        return found[0] if isinstance(config, EfficientViTConfig) else " ".join(found)
+    if isinstance(config, EfficientViTConfig):
+        return f"efficientvit {'-'.join(map(str, config.widths))} {config.image}px"
     kind = "cct" if isinstance(config, CCTConfig) else "vit"
     names = dict.fromkeys(name if isinstance(name, str) else "heads" for name in config.attention)
     attention = "-".join(names)
