@@ -1,4 +1,4 @@
-"""The command line: salvit study, train, search, infer, estimate, evaluate, calibrate, evidence, party, migrate.
+"""The command line: salvit study, train, search, quantize, infer, estimate, evaluate, calibrate, evidence, and so on.
 
 Each command is a frozen dataclass, whose fields are its options, and a function of it.
 """
@@ -27,6 +27,7 @@ COMMANDS = {
     "study": "run the notebooks headless: figures, tables, records",
     "train": "train one network",
     "search": "selective attention search: SAS-L, SAS-H, as released",
+    "quantize": "few bits for a trained network: Trio-ViT's post-training quantization",
     "infer": "run a network on secret shares, two parties on this machine",
     "estimate": "what a private inference will cost, from shapes alone",
     "evaluate": "encrypted accuracy beside the clear",
@@ -43,6 +44,7 @@ _HOMES = {
     "calibrate": ("experiments.calibration", "Command"),
     "train": ("training.__main__", "Command"),
     "search": ("search.__main__", "Command"),
+    "quantize": ("quantization.__main__", "Command"),
 }
 
 

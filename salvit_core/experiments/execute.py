@@ -24,6 +24,7 @@ from .. import datasets, workspace
 from ..models import cost
 from ..models.config import TransformerConfig, config_of
 from ..models.vit import build
+from ..quantization.engine import STAGES, drawn, quantize
 from ..search import priced, released, sas
 from ..training.checkpoint import digest, load_weights
 from ..training.evaluation import evaluate as accuracy_of
@@ -37,6 +38,7 @@ from .runs import (
     EvaluationRun,
     LearnedRun,
     PrivateRun,
+    QuantizationRun,
     Run,
     SearchRun,
     TrainRun,
@@ -142,7 +144,7 @@ def trained(run: TrainRun | SearchRun, source: str = "local") -> nn.Module:
 
 def _refuse_other_weights(run: Run, record: dict) -> None:
     """What was measured of a training that was done again since is of other weights; older records do not say."""
-    if not isinstance(run, LearnedRun | EvaluationRun | DriftRun):
+    if not isinstance(run, LearnedRun | EvaluationRun | DriftRun | QuantizationRun):
         return
     training = store.find(run.trained)
     now = training and training["metrics"].get("weights")
@@ -417,6 +419,28 @@ def _drift(run: DriftRun) -> dict:
     }
 
 
+def _quantize(run: QuantizationRun) -> dict:
+    """Runs that differ in what concerns activations share their weights, and what is known of these."""
+    options, shared = run.options, run.weights_alone()
+    before = ensure(shared)["metrics"] if options.activations else {}
+    model, data = trained(run.trained), dataset(run.trained.data, run.trained.images)
+    found = quantize(
+        model.to(data.test.images.device),
+        drawn(data.train, options.images, options.seed),
+        options,
+        lambda network: accuracy_of(network, data.test)["accuracy"],
+        _unfinished(run),
+        store.path(shared, ending=".phases"),
+        stages=[stage for stage in STAGES if stage not in before],
+    )
+    return {
+        **before,
+        **{stage: found[stage] for stage in STAGES if stage in found},
+        "history": found["history"],
+        **_weights(model),
+    }
+
+
 _MEASURES: dict[type, Callable[[Any], dict]] = {
     TrainRun: _train,
     SearchRun: _search,
@@ -426,4 +450,5 @@ _MEASURES: dict[type, Callable[[Any], dict]] = {
     CalibrationRun: _calibrate,
     EvaluationRun: _evaluate,
     DriftRun: _drift,
+    QuantizationRun: _quantize,
 }

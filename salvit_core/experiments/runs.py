@@ -6,7 +6,7 @@ How each is measured is in `execute`.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from ..fields import Checked, Count, CountOrNone, Seed
 from ..models.config import (
@@ -21,6 +21,7 @@ from ..models.config import (
 )
 from ..models.rows import ROWS
 from ..private.links import Link
+from ..quantization.engine import TRICKS, Quantization
 from ..search.priced import PricedSearch
 from ..search.released import ReleasedSearch
 from ..search.sas import Search
@@ -325,11 +326,51 @@ class DriftRun(Checked):
         return f"{self.trained.label()} {self.protocol} {self.n} images"
 
 
-Run = TrainRun | SearchRun | LearnedRun | ClearRun | PrivateRun | CalibrationRun | EvaluationRun | DriftRun
-RUNS = {
-    each.study: each
-    for each in (TrainRun, SearchRun, LearnedRun, ClearRun, PrivateRun, CalibrationRun, EvaluationRun, DriftRun)
-}
+@dataclass(frozen=True)
+class QuantizationRun(Checked):
+    """One trained network quantized after training (`quantization.engine`), and its accuracy on all test images.
+
+    Attributes:
+        trained: the run that trained it; calibration images are drawn from those that it was trained with.
+        options: how.
+    """
+
+    study: ClassVar[str] = "quantization"
+
+    trained: TrainRun
+    options: Quantization
+
+    @property
+    def seed(self) -> int:
+        """Of calibration images and batches."""
+        return self.options.seed
+
+    def weights_alone(self) -> "QuantizationRun":
+        """What runs have in common that differ in what concerns activations."""
+        return dataclasses.replace(self, options=self.options.weights_alone())
+
+    def label(self) -> str:
+        """Data set, network, bits, what is left out, the calibration's seed."""
+        options = self.options
+        bits = f"w{options.bits_weights}" + (f"a{options.bits_activations}" if options.activations else "")
+        left = [f"no {name}" for name in TRICKS if not getattr(options, name)]
+        words = [self.trained.data, of_network(self.trained.network), bits, *left]
+        words += [] if options.per_channel else ["per tensor"]
+        return " ".join([*words, f"calibration {options.seed}"])
+
+
+Run = (
+    TrainRun
+    | SearchRun
+    | LearnedRun
+    | ClearRun
+    | PrivateRun
+    | CalibrationRun
+    | EvaluationRun
+    | DriftRun
+    | QuantizationRun
+)
+RUNS: dict[str, type] = {each.study: each for each in get_args(Run)}
 
 
 def _refuse_alone(run: ClearRun | PrivateRun) -> None:
@@ -407,6 +448,7 @@ def _read(kind: type, fields: dict) -> Any:
         "trained": lambda f: _read(SearchRun if "search" in f else TrainRun, f),
         "search": _search,
         "link": lambda f: f and Link(**f),
+        "options": lambda f: Quantization(**f),
     }
     return kind(**{name: read.get(name, _tuples)(value) for name, value in fields.items()})
 

@@ -199,3 +199,25 @@ class EfficientViT(nn.Module):
         """Images (B, C, height, width) -> what the head reads, (B, head_widths[0])."""
         refuse_other_images(self.config, images)
         return self.pool(self.blocks(self.tokenizer(images)))
+
+
+def load_published(model: EfficientViT, weights: dict) -> None:
+    """Put weights into an EfficientViT: under our names, or those of timm and of the release, in the network's order.
+
+    Args:
+        model: of a configuration of the same sizes.
+        weights: what a training wrote here, what timm's `state_dict` gives, or what the released checkpoints hold, with
+            it as "state_dict".
+
+    Raises:
+        ValueError: weights that are not those of this network: each by name, or by shape.
+    """
+    weights = weights.get("state_dict", weights)
+    own = list(model.state_dict())
+    if set(weights) != set(own) and len(weights) == len(own):
+        weights = dict(zip(own, weights.values(), strict=True))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights are not those of this EfficientViT: {reason[:500]}") from error

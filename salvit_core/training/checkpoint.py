@@ -122,20 +122,7 @@ def resume(
         OSError: the file cannot be read; names it.
         ValueError: a file that is no checkpoint, lacks a part of one, or is of another run; names it.
     """
-    content = _loaded(path, "a checkpoint of this program")
-    parts = ("identity", "model", "optimizer", "random", "history", "best")
-    lacking = [name for name in parts if not isinstance(content, dict) or name not in content]
-    if lacking:
-        raise ValueError(f"checkpoint {path} lacks {', '.join(lacking)}: name another file or delete this one")
-    found = content["identity"]
-    if not isinstance(found, dict):
-        raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
-    for name in {**found, **identity}:
-        if found.get(name) != identity.get(name):
-            raise ValueError(
-                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, here {identity.get(name)!r}; "
-                "name another file or delete this one"
-            )
+    content = continued(path, identity, ("model", "optimizer", "random", "history", "best"))
     try:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
@@ -150,6 +137,34 @@ def resume(
         raise ValueError(f"checkpoint {path} does not fit ({reason}): name another file or delete this one") from error
 
 
+def continued(path: Path, identity: dict, parts: tuple[str, ...]) -> dict:
+    """What a checkpoint holds that is of a run, and of no other.
+
+    Args:
+        path: the file.
+        identity: of the run, flat plain data; the checkpoint has its own.
+        parts: that it must have besides.
+
+    Raises:
+        OSError: the file cannot be read; names it.
+        ValueError: a file that is no checkpoint, lacks a part of one, or is of another run; names it.
+    """
+    content = loaded(path, "a checkpoint of this program")
+    lacking = [name for name in ("identity", *parts) if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise ValueError(f"checkpoint {path} lacks {', '.join(lacking)}: name another file or delete this one")
+    found = content["identity"]
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
+    for name in {**found, **identity}:
+        if found.get(name) != identity.get(name):
+            raise ValueError(
+                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, here {identity.get(name)!r}; "
+                "name another file or delete this one"
+            )
+    return content
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Put the weights that a training left in a file into a network.
 
@@ -157,7 +172,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         OSError: the file cannot be read; names it.
         ValueError: it holds no weights, or those of another network, or some that are not finite; names it.
     """
-    weights = _loaded(path, "a file of weights")
+    weights = loaded(path, "a file of weights")
     try:
         model.load_state_dict(weights)
     except _UNFIT as error:
@@ -179,7 +194,7 @@ def not_finite(model: nn.Module) -> str:
 _UNFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
-def _loaded(path: Path, what: str) -> Any:
+def loaded(path: Path, what: str) -> Any:
     """What torch.save wrote. Only what cannot be decoded is to be deleted: what cannot be read may be sound."""
     workspace.readable(path)
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from salvit_core import EfficientViT, EfficientViTConfig, build, cli, compat, config_of, cost, preset
 from salvit_core import datasets as data
 from salvit_core.models.config import EFFICIENTVITS
-from salvit_core.models.efficientvit import LiteMSA
+from salvit_core.models.efficientvit import LiteMSA, load_published
 from salvit_core.models.graph import trace
 from salvit_core.models.operations import TokenSum
 from salvit_core.training import Recipe, train
@@ -63,8 +63,7 @@ def test_outputs_are_timms_with_its_weights(name):
             nn.init.normal_(module.running_mean, 0.0, 0.1)
             nn.init.uniform_(module.running_var, 0.05, 0.2)
     ours = build(preset(name, image=96)).eval()
-    given, taken = theirs.state_dict(), ours.state_dict()  # in the same order, that of the network
-    ours.load_state_dict(dict(zip(taken, given.values(), strict=True)))
+    load_published(ours, theirs.state_dict())
     images = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         expected = theirs(images)
