@@ -24,6 +24,7 @@ from .. import datasets, workspace
 from ..models import cost
 from ..models.config import TransformerConfig, config_of
 from ..models.vit import build
+from ..quantization import engine, shares
 from ..quantization.engine import STAGES, drawn, quantize
 from ..search import priced, released, sas
 from ..training.checkpoint import digest, load_weights
@@ -46,6 +47,7 @@ from .runs import (
 
 ABSENT = "Not on record here"  # begins the line on results that are partial
 RESIZED = ("tiny_imagenet", "imagenet", "imagenet100", "imagenette")
+TABULATED = 256  # training images of which tables of activation functions take their ranges
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -388,13 +390,33 @@ def _private(run: PrivateRun) -> dict:
     }
 
 
+def quantized(run: QuantizationRun, source: str = "local") -> nn.Module:
+    """The quantized network of a run, in evaluation mode on the CPU; quantized now if there is no local record.
+
+    Raises:
+        FileNotFoundError: its file is not here.
+        ValueError: a file that holds no quantized network.
+    """
+    ensure(run, source)
+    return engine.load(store.path(run, source, ".pt"))[0]
+
+
 def _evaluate(run: EvaluationRun) -> dict:
     from ..private.evaluation import evaluate
 
-    model, data = trained(run.trained), dataset(run.trained.data)
+    data = dataset(run.trained.data)
+    if isinstance(run.trained, QuantizationRun):
+        model = shares.on_shares(quantized(run.trained))
+        weights = {"weights": ensure(run.trained)["metrics"]["weights"]}
+    else:
+        model = trained(run.trained)
+        weights = _weights(model)
+    if run.tables:
+        images = drawn(data.train, min(TABULATED, len(data.train.labels)), 0).cpu()
+        model = shares.tabulated(model, images, run.tables, most=run.most)
     label = f"{run.protocol}, {run.bits or 'its own'} bits"
     found = evaluate(model, data, run.protocol, run.n, run.batch, run.provider, run.bits, _unfinished(run), label)
-    return found | _weights(model)
+    return found | weights
 
 
 def _calibrate(run: CalibrationRun) -> dict:
@@ -433,6 +455,7 @@ def _quantize(run: QuantizationRun) -> dict:
         store.path(shared, ending=".phases"),
         stages=[stage for stage in STAGES if stage not in before],
     )
+    engine.save(found["network"].cpu(), options, store.path(run, ending=".pt"))
     return {
         **before,
         **{stage: found[stage] for stage in STAGES if stage in found},

@@ -6,9 +6,9 @@ How each is measured is in `execute`.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from ..fields import Checked, Count, CountOrNone, Seed
+from ..fields import Checked, Count, CountOrNone, Range, Seed
 from ..models.config import (
     EFFICIENTVITS,
     PRESETS,
@@ -268,22 +268,30 @@ class EvaluationRun(Checked):
     """One trained network evaluated on shares.
 
     Attributes:
-        trained: the run that trained it.
+        trained: the run that trained it, or that quantized it after training.
         n: test images.
         batch: images in a query.
         protocol: as in `private.infer`.
         provider: as in `private.infer`.
         bits: as in `private.infer`.
+        tables: bits of what activation functions read, each a table of its own (`quantization.shares.tabulated`).
+        most: numbers of an image that such a function reads at most; others stay as they are.
     """
 
     study: ClassVar[str] = "encrypted"
 
-    trained: TrainRun | SearchRun
+    trained: "TrainRun | SearchRun | QuantizationRun"
     n: Count = 256
     batch: Count = 8
     protocol: str = "tuned"
     provider: str = "TFP"
     bits: int | None = None
+    tables: Annotated[int, Range(1, 14)] | None = None
+    most: Count | None = None
+
+    def ignored(self) -> set[str]:
+        """The fields that the result does not depend on."""
+        return set() if self.tables else {"most"}
 
     @property
     def seed(self) -> int:
@@ -293,6 +301,7 @@ class EvaluationRun(Checked):
     def label(self) -> str:
         """The training, the protocol, how many images."""
         bits = "" if self.bits is None else f" {self.bits} bits"
+        bits += f" tables of {self.tables} bits" if self.tables else ""
         return f"{self.trained.label()} {self.protocol}{bits} {self.n} images"
 
 
@@ -339,6 +348,16 @@ class QuantizationRun(Checked):
 
     trained: TrainRun
     options: Quantization
+
+    @property
+    def data(self) -> str:
+        """Of the training."""
+        return self.trained.data
+
+    @property
+    def network(self) -> Network:
+        """Of the training."""
+        return self.trained.network
 
     @property
     def seed(self) -> int:
@@ -445,7 +464,7 @@ def _read(kind: type, fields: dict) -> Any:
         "first": lambda f: Recipe(**f),
         "finetune": lambda f: Recipe(**f),
         "teacher": lambda f: f and _read(TrainRun, f),
-        "trained": lambda f: _read(SearchRun if "search" in f else TrainRun, f),
+        "trained": lambda f: _read(SearchRun if "search" in f else QuantizationRun if "options" in f else TrainRun, f),
         "search": _search,
         "link": lambda f: f and Link(**f),
         "options": lambda f: Quantization(**f),

@@ -12,7 +12,7 @@ from torch import nn
 
 from .blocks import refuse_other_images
 from .config import EfficientViTConfig
-from .operations import Divide, MatMul, TokenSum, of_kind
+from .operations import Divide, MatMul, Sum, TokenSum, of_kind
 
 
 def convolution(
@@ -139,18 +139,19 @@ class AveragePool(nn.Module):
     Args:
         before: channels read.
         after: channels made and averaged.
+        side: of the picture in pixels.
     """
 
     kind = "pooling"
 
-    def __init__(self, before: int, after: int):
+    def __init__(self, before: int, after: int, side: int):
         super().__init__()
         self.expand = convolution(before, after)
-        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.sum, self.side = Sum((-2, -1)), side
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, before, height, width) -> features (B, after)."""
-        return self.mean(self.expand(x)).flatten(1)
+        return self.sum(self.expand(x)) * self.side**-2
 
 
 class EfficientViT(nn.Module):
@@ -184,7 +185,7 @@ class EfficientViT(nn.Module):
                 blocks += [Residual(mbconv(width, width, config.expand)) for _ in range(depth - 1)]
         self.blocks = nn.Sequential(*blocks)
         pooled, hidden = config.head_widths
-        self.pool = AveragePool(width, pooled)
+        self.pool = AveragePool(width, pooled, side)
         self.head = of_kind("head", nn.Sequential())
         self.head.expand = nn.Linear(pooled, hidden, bias=False)
         self.head.norm = of_kind("LayerNorm", nn.LayerNorm(hidden))

@@ -18,12 +18,14 @@ from salvit_core.experiments.runs import (
     EvaluationRun,
     LearnedRun,
     PrivateRun,
+    QuantizationRun,
     SearchRun,
     TrainRun,
     network,
     of_network,
     run_of,
 )
+from salvit_core.quantization import Quantization
 from salvit_core.search import sas
 from salvit_core.training import Recipe, evaluate
 
@@ -288,3 +290,16 @@ def test_workers_end_with_the_process_that_asked(tmp_path):
     assert workers
     assert not psutil.wait_procs(workers, 30)[1]
     assert list(tmp_path.rglob("checkpoint.pt"))
+
+
+@pytest.mark.processes
+def test_a_quantized_network_is_evaluated_on_shares(root):
+    run = QuantizationRun(efficient(), Quantization(bits_weights=8, images=64, reconstruction=False))
+    encrypted = EvaluationRun(run, n=4, batch=4)
+    metrics = execute.ensure(encrypted)["metrics"]
+    assert metrics["agreement"] == 100 and metrics["weights"] == store.find(efficient())["metrics"]["weights"]
+    assert run_of(store.find(encrypted)) == encrypted and encrypted.label().startswith("digits efficientvit_test w8a8")
+    tabled = EvaluationRun(run, n=4, batch=4, tables=6, most=300)
+    fewer = execute.ensure(tabled)["metrics"]
+    assert fewer["rounds"] < metrics["rounds"] and run_of(store.find(tabled)) == tabled
+    assert store.key(EvaluationRun(efficient(), most=5)) == store.key(EvaluationRun(efficient()))
