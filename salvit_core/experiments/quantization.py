@@ -16,10 +16,10 @@ ALL = "all tricks"
 VARIANTS = (ALL, *(f"without {trick}" for trick in TRICKS))
 SEEDS = (1005, 1006, 1007)  # of calibration; the first is the released one
 
-# The network of the reference records: an EfficientViT that one core trains in minutes.
+# The network of the reference records: its stem halves the picture, so that one core trains it in minutes.
 TRAINED = TrainRun(
     "cifar10",
-    preset("efficientvit_micro_32"),
+    preset("efficientvit_micro_32", stem_stride=2),
     Recipe(epochs=12, batch=64, lr=3e-3, augment="crop", channels_last=True),
     images=15000,
 )
