@@ -278,6 +278,8 @@ def reconstruct_activations(
 ) -> dict:
     """Search the steps of what a block's layers read, then learn all of them: |block(x) - wanted|^2.
 
+    Those that were searched stay where those that were learnt do no better, which happens: the search is near the best.
+
     Args:
         block: a block with quantizers, which are on, and hard rounding.
         inputs: (n, ...), what it reads.
@@ -294,7 +296,11 @@ def reconstruct_activations(
     steps = [quantizer.step for quantizer in quantizers_of(block)]
     if options.reconstruction:
         # Relative to each step: of 8 bits one is thousandths, and absolute rates would move it by a part of itself.
-        groups = [{"params": [step], "lr": options.lr_activations * float(step)} for step in steps]
+        searched = [step.detach().clone() for step in steps]
+        groups = [
+            {"params": [step], "lr": options.lr_activations * float(at)}
+            for step, at in zip(steps, searched, strict=True)
+        ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations_activations)
         for drawn in _batches(len(inputs), options.batch, options.iterations_activations, seed):
@@ -303,8 +309,12 @@ def reconstruct_activations(
             loss.backward()
             optimizer.step()
             schedule.step()
-    with torch.no_grad():
-        return {"before": before, "after": _error(block, inputs, wanted)}
+        with torch.no_grad():
+            if (after := _error(block, inputs, wanted)) < before:
+                return {"before": before, "after": after}
+            for step, at in zip(steps, searched, strict=True):
+                step.copy_(at)
+    return {"before": before, "after": before}
 
 
 def _error(block: nn.Module, inputs: torch.Tensor, wanted: torch.Tensor) -> float:
