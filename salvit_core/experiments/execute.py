@@ -398,7 +398,10 @@ def quantized(run: QuantizationRun, source: str = "local") -> nn.Module:
         ValueError: a file that holds no quantized network.
     """
     ensure(run, source)
-    return engine.load(store.path(run, source, ".pt"))[0]
+    path = store.path(run, source, ".pt")
+    if source == "local" and not path.exists():  # the record is older than these files
+        _quantize(run)
+    return engine.load(path)[0]
 
 
 def _evaluate(run: EvaluationRun) -> dict:

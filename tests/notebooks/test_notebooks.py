@@ -53,6 +53,7 @@ PICTURES = {
         "efficient_attention_maps",
         "efficient_attention_map",
     ],
+    "07": ["quantization_bits", "bits_costs", "bits_lookup", "accelerator_roofline"],
 }
 TABLES = {
     "00": [],
@@ -76,6 +77,15 @@ TABLES = {
         "activation_cost",
     ],
     "06": ["efficient_attention", "table_2_complete", "efficient_resolution"],
+    "07": [
+        "quantization",
+        "bits_costs",
+        "bits_lookup",
+        "bits_divisors",
+        "bits_small_ring",
+        "bits_answers",
+        "accelerator",
+    ],
 }
 
 
@@ -141,7 +151,7 @@ def test_the_projects_own_records_are_shown(root):
     reference = root / "data" / "reference"
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     runs = set((root / "data" / "runs").rglob("*"))
-    done = run(root, "00,01,02,03,04,05,06", "records=reference", "profile=reference")
+    done = run(root, "00,01,02,03,04,05,06,07", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs
