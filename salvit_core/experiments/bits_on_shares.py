@@ -8,6 +8,7 @@ activations. What is said here is of shares in Z_2^64 with a dealer, and of noth
 import functools
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ from ..quantization.engine import Quantization, quantize
 from ..quantization.layers import folded
 from ..quantization.shares import on_shares, tabulated
 from . import efficient, quantization
-from .execute import Found
+from .execute import Found, recorded
 from .profiles import Profile
 from .runs import EvaluationRun, QuantizationRun, TrainRun, network
 
@@ -79,7 +80,7 @@ def evaluations(
     size: Profile, trained: Mapping[str, TrainRun], runs: list[QuantizationRun], n: int | None = None
 ) -> dict[str, EvaluationRun]:
     """What is run on shares, by name: in float, quantized, with tables in small layers, and the CCT."""
-    of = dict(n=n or {"smoke": 8, "quick": 16}.get(size.name, size.encrypted), batch=8)
+    of: dict[str, Any] = dict(n=n or {"smoke": 8, "quick": 16}.get(size.name, size.encrypted), batch=8)
     return {
         "float": EvaluationRun(trained[LINEAR], **of),
         "W8A8": EvaluationRun(chosen(runs, (8, 8)), **of),
@@ -299,6 +300,39 @@ def answers(runs: Mapping[str, EvaluationRun], found: Found, records: str = "loc
             **({"seconds": metrics["seconds"] / run.batch} if records == "local" else {}),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network")
+
+
+def beside(size: Profile, plan: Mapping[str, TrainRun], source: str = "local", nearest: int = 3) -> pd.DataFrame:
+    """The EfficientViT, the CCT of as many parameters, and the CCTs on record of the nearest accuracy, whatever theirs.
+
+    Args:
+        size: whose trainings of notebook 06 are looked at; none is made.
+        plan: `trainings`.
+        source: of records, as in `execute.collect`.
+        nearest: how many of these CCTs.
+
+    Returns:
+        indexed by network: accuracy (%), epochs, parameters, and the columns of `on_links`, exact; sorted by accuracy.
+    """
+    data = plan[LINEAR].data
+    others = {f"CCT, {row}": run for (_, row), run in efficient.plan(efficient.profile_of(size), [data]).items()}
+    found = recorded([*plan.values(), *others.values()], source)
+    accuracy = {run: record["metrics"]["test_accuracy"] for run, record in found.items()}
+    if plan[LINEAR] not in accuracy:
+        return pd.DataFrame()
+    others = {name: run for name, run in others.items() if run in accuracy and run != plan[SOFTMAX]}
+    near = sorted(others, key=lambda name: abs(accuracy[others[name]] - accuracy[plan[LINEAR]]))[:nearest]
+    rows = {}
+    for name, run in {**plan, **{name: others[name] for name in near}}.items():
+        if run not in accuracy:
+            continue
+        model = build(run.network)
+        if name == LINEAR:
+            model = folded(model)
+        costs = estimate(model, (1, run.network.channels, run.network.image, run.network.image))
+        facts = {"accuracy": accuracy[run], "epochs": run.recipe.epochs, "parameters": cost.parameters(model)}
+        rows[name] = {**facts, **on_links(costs)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network").sort_values("accuracy")
 
 
 # Sentences

@@ -84,6 +84,7 @@ TABLES = {
         "bits_divisors",
         "bits_small_ring",
         "bits_answers",
+        "bits_beside",
         "accelerator",
     ],
 }
