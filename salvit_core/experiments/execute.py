@@ -422,7 +422,7 @@ def _drift(run: DriftRun) -> dict:
 def _quantize(run: QuantizationRun) -> dict:
     """Runs that differ in what concerns activations share their weights, and what is known of these."""
     options, shared = run.options, run.weights_alone()
-    before = ensure(shared)["metrics"] if options.activations else {}
+    before = ensure(shared)["metrics"]["accuracy"] if options.activations else {}
     model, data = trained(run.trained), dataset(run.trained.data, run.trained.images)
     found = quantize(
         model.to(data.test.images.device),
@@ -433,12 +433,8 @@ def _quantize(run: QuantizationRun) -> dict:
         store.path(shared, ending=".phases"),
         stages=[stage for stage in STAGES if stage not in before],
     )
-    return {
-        **before,
-        **{stage: found[stage] for stage in STAGES if stage in found},
-        "history": found["history"],
-        **_weights(model),
-    }
+    accuracy = before | {stage: found[stage] for stage in STAGES if stage in found}
+    return {"accuracy": accuracy, "history": found["history"], "threads": torch.get_num_threads(), **_weights(model)}
 
 
 _MEASURES: dict[type, Callable[[Any], dict]] = {
