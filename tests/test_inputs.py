@@ -386,8 +386,8 @@ OPTIONS = {
     "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
     "evaluate": "run preset method data root n batch protocol provider out nonsense",
     "quantize": "model weights run data data-path image test-before test-images out device bits-weights "
-    "bits-activations activations per-channel same-ends regulariser migration shift log2 reconstruction images batch iterations lr "
-    "iterations-activations lr-activations seed n_bits_w weight nonsense",
+    "bits-activations activations per-channel same-ends regulariser migration shift log2 reconstruction images batch "
+    "iterations lr iterations-activations lr-activations seed n_bits_w weight nonsense",
     "estimate": "preset row torchvision image softmax gelu protocol provider link batch reveal out nonsense",
     "calibrate": "again check nonsense",
     "migrate": "folder nonsense",
