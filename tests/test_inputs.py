@@ -385,6 +385,9 @@ OPTIONS = {
     "evidence": "profile most minutes nonsense",
     "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
     "evaluate": "run preset method data root n batch protocol provider out nonsense",
+    "quantize": "model weights run data data-path image test-before test-images out device bits-weights "
+    "bits-activations activations per-channel same-ends regulariser migration shift log2 reconstruction images batch "
+    "iterations lr iterations-activations lr-activations seed n_bits_w weight nonsense",
     "estimate": "preset row torchvision image softmax gelu protocol provider link batch reveal out nonsense",
     "calibrate": "again check nonsense",
     "migrate": "folder nonsense",
@@ -397,6 +400,7 @@ FIXED = {
     "infer": ["--preset", "cct_2_3x1", "--method", "SA L2Q"],
     "evaluate": ["--preset", "cct_2_3x1", "--method", "SA L2Q", "--data", "digits", "--n", "2"],
     "estimate": ["--preset", "cct_2_3x1", "--row", "SA L2Q"],
+    "quantize": ["--model", "efficientvit_test", "--data", "digits", "--weights", "weights.pt"],
     "server": ["--meet", "127.0.0.1:1", "--architecture", "cct.json", "--weights", "weights.pt"],
     "client": ["--meet=127.0.0.1:1", "--architecture=cct.json", "--images=images.pt", "--result=result.pt"],
 }
@@ -415,6 +419,7 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         "evaluate": ["salvit_core.private.parties.launch.guard"],
         "estimate": ["salvit_core.private.estimation.network_of"],
         "calibrate": ["salvit_core.experiments.calibration.calibrate"],
+        "quantize": ["salvit_core.quantization.__main__.quantize"],
         "migrate": ["salvit_core.experiments.migrate.migrate"],
         "server": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
         "client": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
@@ -437,6 +442,8 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
             Path("cct.json").write_text(json.dumps(dataclasses.asdict(TINY)))
             torch.save(network().state_dict(), "weights.pt")
             torch.save(torch.zeros(1, 1, 8, 8), "images.pt")
+        elif command == "quantize":
+            torch.save(build(preset("efficientvit_test")).state_dict(), "weights.pt")
         try:
             cli.main(["party", command, *words] if party else [command, *words])
         except Began:

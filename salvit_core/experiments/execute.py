@@ -447,7 +447,7 @@ def _drift(run: DriftRun) -> dict:
 def _quantize(run: QuantizationRun) -> dict:
     """Runs that differ in what concerns activations share their weights, and what is known of these."""
     options, shared = run.options, run.weights_alone()
-    before = ensure(shared)["metrics"] if options.activations else {}
+    before = ensure(shared)["metrics"]["accuracy"] if options.activations else {}
     model, data = trained(run.trained), dataset(run.trained.data, run.trained.images)
     found = quantize(
         model.to(data.test.images.device),
@@ -459,12 +459,8 @@ def _quantize(run: QuantizationRun) -> dict:
         stages=[stage for stage in STAGES if stage not in before],
     )
     engine.save(found["network"].cpu(), options, store.path(run, ending=".pt"))
-    return {
-        **before,
-        **{stage: found[stage] for stage in STAGES if stage in found},
-        "history": found["history"],
-        **_weights(model),
-    }
+    accuracy = before | {stage: found[stage] for stage in STAGES if stage in found}
+    return {"accuracy": accuracy, "history": found["history"], "threads": torch.get_num_threads(), **_weights(model)}
 
 
 _MEASURES: dict[type, Callable[[Any], dict]] = {

@@ -49,9 +49,9 @@ class Command(Checked):
     data_path: Path | None = None
     """Folder of ImageNet, with train/<class>/* and val/<class>/*; of other data sets the folder that they lie in.
     Default: data/ in the workspace (released: --data_path)."""
-    image: Annotated[Size | None, tyro.conf.arg(aliases=["--input_size"])] = None
+    image: Annotated[Size | None, tyro.conf.arg(aliases=["--input-size"])] = None
     """Side of the images in pixels. Default: the network's."""
-    test_before: Annotated[bool, tyro.conf.arg(aliases=["--test_before_calibration"])] = False
+    test_before: Annotated[bool, tyro.conf.arg(aliases=["--test-before-calibration"])] = False
     """Tell the accuracy of weights rounded to the nearest too."""
     test_images: CountOrNone = 0
     """Test images, drawn with seed 0; 0: all."""

@@ -69,15 +69,15 @@ class Quantization(Checked):
         ValueError: a value of another type or out of range.
     """
 
-    bits_weights: Annotated[Bits, tyro.conf.arg(aliases=["--n_bits_w"])] = 8
+    bits_weights: Annotated[Bits, tyro.conf.arg(aliases=["--n-bits-w"])] = 8
     """Bits of weights (released: --n_bits_w)."""
-    bits_activations: Annotated[Bits, tyro.conf.arg(aliases=["--n_bits_a"])] = 8
+    bits_activations: Annotated[Bits, tyro.conf.arg(aliases=["--n-bits-a"])] = 8
     """Bits of what layers read (released: --n_bits_a)."""
-    activations: Annotated[bool, tyro.conf.arg(aliases=["--act_quant"])] = True
+    activations: Annotated[bool, tyro.conf.arg(aliases=["--act-quant"])] = True
     """Quantize these, not weights alone (released: --act_quant)."""
-    per_channel: Annotated[bool, tyro.conf.arg(aliases=["--channel_wise"])] = True
+    per_channel: Annotated[bool, tyro.conf.arg(aliases=["--channel-wise"])] = True
     """A grid of weights for each output channel, not one for the layer (released: --channel_wise)."""
-    same_ends: Annotated[bool, tyro.conf.arg(aliases=["--disable_8bit_head_stem"])] = False
+    same_ends: Annotated[bool, tyro.conf.arg(aliases=["--disable-8bit-head-stem"])] = False
     """First and last layer at the others' bits, not at 8 (released: --disable_8bit_head_stem)."""
     regulariser: Annotated[Weight, tyro.conf.arg(aliases=["--weight"])] = 0.5
     """Weight of the rounding regulariser, lambda (released: --weight)."""
@@ -89,15 +89,15 @@ class Quantization(Checked):
     """Divide attention's numerators by powers of two, once activations are quantized."""
     reconstruction: bool = True
     """Learn rounding and steps block by block; otherwise the nearest and the searched."""
-    images: Annotated[Count, tyro.conf.arg(aliases=["--num_samples"])] = 1024
+    images: Annotated[Count, tyro.conf.arg(aliases=["--num-samples"])] = 1024
     """Calibration images."""
     batch: Count = 32
     """Of them in a step."""
-    iterations: Annotated[Count, tyro.conf.arg(aliases=["--iters_w"])] = 20000
+    iterations: Annotated[Count, tyro.conf.arg(aliases=["--iters-w"])] = 20000
     """Steps of learnt rounding, each block."""
     lr: Positive = 1e-3
     """Of learnt rounding (Adam)."""
-    iterations_activations: Annotated[Count, tyro.conf.arg(aliases=["--iters_a"])] = 5000
+    iterations_activations: Annotated[Count, tyro.conf.arg(aliases=["--iters-a"])] = 5000
     """Steps of learning activations' step sizes, each block."""
     lr_activations: Positive = 4e-4
     """Of these, relative to the step (Adam, to zero by half a cosine)."""

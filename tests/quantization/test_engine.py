@@ -6,6 +6,7 @@ effect.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -161,26 +162,29 @@ def test_every_activation_quantizer_works_the_shifted_layers_too(trained, images
     torch.testing.assert_close(read[0], x - layer.offset)  # it is moved first
 
 
-def test_all_steps_are_learnt_that_of_the_sum_of_keys_too(trained, images):
-    """The third bug: a step that is far too large comes back, whichever it is."""
-    options = Quantization(bits_activations=4, **FEW | dict(iterations_activations=60, lr_activations=5e-2))
-    plain, network = engine.prepared(trained, images, options)
-    (name,) = (name for name, module in network.named_modules() if isinstance(module, LiteMSA))
-    attention, wanted = network.get_submodule(name), engine._captured(plain, name, images, result=True)
+def test_all_steps_are_learnt_that_of_the_sum_of_keys_too(trained, images, monkeypatch):
+    """The third bug. Whatever is learnt is taken here, for better or worse."""
+    errors = itertools.cycle((2.0, 1.0))
+    monkeypatch.setattr(engine, "_error", lambda *arguments: next(errors))
+    searched = {}
+    on_grid = Quantizer.forward
+
+    def forward(quantizer, x):
+        made = on_grid(quantizer, x)
+        if quantizer.on:
+            searched.setdefault(quantizer, quantizer.step.item())
+        return made
+
+    monkeypatch.setattr(Quantizer, "forward", forward)
+    network = quantize(trained, images, Quantization(bits_activations=4, **FEW))["network"]
+    quantizers = list(layers.quantizers_of(network))
+    assert len(quantizers) == len(list(layers.layers_of(network))) + 6 and all(
+        each.step.item() != searched[each] for each in quantizers
+    )
+    (attention,) = (module for module in network.modules() if isinstance(module, LiteMSA))
     query, total = attention.denominator.operands
+    assert any(each is total for each in quantizers)
     assert query is attention.values.operands[0] and attention.sum.operands[0] is attention.scores.operands[0]
-    layers.switch(attention, weights=True, activations=True)
-    inputs = engine._captured(plain, name, images, result=False)
-    engine.reconstruct_activations(attention, inputs, wanted, dataclasses.replace(options, reconstruction=False), 0)
-    quantizers = list(layers.quantizers_of(attention))
-    assert len(quantizers) == 4 + 6 and any(each is total for each in quantizers)
-    found = {each: each.step.item() for each in quantizers}
-    for quantizer, step in found.items():
-        with torch.no_grad():
-            for other, searched in found.items():
-                other.step.fill_(2.5 * searched if other is quantizer else searched)
-        said = engine.reconstruct_activations(attention, inputs, wanted, options, 0)
-        assert said["after"] < said["before"] and abs(quantizer.step.item() - 2.5 * step) > 0.01 * step
 
 
 def test_learnt_steps_are_no_worse_than_the_searched(trained, images):

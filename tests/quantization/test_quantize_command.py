@@ -110,13 +110,18 @@ def test_one_of_our_trainings(tmp_path, capsys):
         ("--model b9-r224", "model 'b9-r224' is unknown: choose from efficientvit_test"),
         ("--model b1-r224", "trained weights .*data/weights/b1-r224.pt are missing: put them there, or name others"),
         ("--run nowhere", "run nowhere holds no result.json"),
-        ("--n_bits_w 0", "bits_weights is 0: give 1 to 16"),
     ],
 )
 def test_refused_in_one_line(words, said, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=said):
         cli.main(["quantize", *words.split()])
+
+
+def test_a_wrong_option_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize", "--n_bits_w", "0"])
+    assert ended.value.code == 2 and "bits_weights is 0: give 1 to 16" in capsys.readouterr().err
 
 
 def test_weights_of_another_network_and_missing_images_are_refused(weights, tmp_path):
