@@ -52,17 +52,12 @@ def trainings(size: Profile, data: str, seed: int = 0) -> dict[str, TrainRun]:
 
 
 def quantizations(size: Profile, trained: TrainRun) -> list[QuantizationRun]:
-    """The table of quantization: all of it in the project's own records and on a GPU, two rows of it elsewhere."""
+    """The table of quantization: all of it in the project's own records and on a GPU, elsewhere W8A8 and W4A8."""
     if size.name in ("smoke", "quick"):
         steps = 2 if size.name == "smoke" else 40
         brief = dict(quantization.BRIEF, iterations=steps, iterations_activations=steps, images=64)
         whole = quantization.runs(trained, quantization.SEEDS[:1], ((8, 8), (4, 8)), **brief)
-        left = [[name for name in quantization.TRICKS if not getattr(run.options, name)] for run in whole]
-        return [
-            run
-            for run, names in zip(whole, left, strict=True)
-            if not names or (names == ["shift"] and run.options.bits_weights == 8)
-        ]
+        return [chosen(whole, bits) for bits in ((8, 8), (4, 8))]
     return quantization.runs(trained)
 
 

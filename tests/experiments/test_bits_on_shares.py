@@ -83,7 +83,7 @@ def test_runs_of_a_profile(name):
     data = {"smoke": "digits", "quick": "fashion_mnist", "reference": "cifar10"}[name]
     plan = bits_on_shares.trainings(size, data)
     runs = bits_on_shares.quantizations(size, plan[bits_on_shares.LINEAR])
-    assert len(runs) == (3 if name != "reference" else len(quantization.runs(quantization.TRAINED)))
+    assert len(runs) == (2 if name != "reference" else len(quantization.runs(quantization.TRAINED)))
     found = bits_on_shares.evaluations(size, plan, runs)
     assert len(set(found.values())) == 5
     assert found["W4A8"].trained.options.bits_weights == 4 and found["W8A8"].trained.options.bits_activations == 8
