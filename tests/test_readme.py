@@ -195,7 +195,7 @@ def test_accuracies_of_the_papers_network_are_those_on_record():
     for study in ("training", "search"):
         for record in store.load(study, "reference"):
             run = run_of(record)
-            if run.network.layers == 7 and not run.images:
+            if not run.images and run.network.layers == 7:
                 searched = isinstance(run, SearchRun)
                 kind = (run.network.attention[0], run.network.normalizer)
                 label = "SAL-ViT, top alpha, B = 3" if searched else names[kind]
