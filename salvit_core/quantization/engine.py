@@ -249,9 +249,7 @@ def reconstruct_weights(
     layers = list(layers_of(block))
     with torch.no_grad():
         before = _error(block, inputs, wanted)
-    for layer in layers:
-        layer.begin()
-    roundings = [layer.rounding for layer in layers]
+    roundings = [layer.begin() for layer in layers]
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings], options.lr)
     warm = WARM * options.iterations
     for step, drawn in enumerate(_batches(len(inputs), options.batch, options.iterations, seed)):
@@ -343,8 +341,7 @@ def _walk(
         block = network.get_submodule(name)
         history.append({"block": name, **reconstruct(block, inputs, wanted, options, options.seed + number)})
         if path is not None:
-            content = {"identity": said, "model": network.state_dict(), "history": history}
-            workspace.write(path, lambda file, content=content: torch.save(content, file))
+            _save({"identity": said, "model": network.state_dict(), "history": history}, path)
         bar.update()
     bar.close()
     return history
@@ -437,11 +434,12 @@ def quantize(
     stage("float", plain)
     stage("nearest", network)
     if options.reconstruction:
-        path = (shared or folder) and (shared or folder) / "weights.pt"
+        where = shared or folder
+        path = None if where is None else where / "weights.pt"
         found["history"] += learn_weights(plain, network, images, options, path)
     stage("weights", network)
     if options.activations:
-        path = folder and folder / "activations.pt"
+        path = None if folder is None else folder / "activations.pt"
         found["history"] += learn_activations(plain, network, images, options, path)
         stage("activations", network)
     return found | {"network": network.eval()}
@@ -462,6 +460,10 @@ def save(network: nn.Module, options: Quantization, path: Path) -> None:
         raise ValueError("only networks that have a configuration can be saved: keep the Python object")
     plain = {"config": dataclasses.asdict(config), "options": dataclasses.asdict(options)}
     content = {**plain, "model": network.state_dict()}
+    _save(content, path)
+
+
+def _save(content: dict, path: Path) -> None:
     workspace.write(path, lambda file: torch.save(content, file))
 
 

@@ -61,7 +61,8 @@ class QuantizedLayer(nn.Module):
         if offset is not None and (not convolves or any(layer.padding)):
             raise ValueError("filter-wise shift is of point-wise convolutions: what pads a picture would not be moved")
         self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if convolves else None
-        self.bits, self.weights_on, self.rounding = bits_weights, True, None
+        self.bits, self.weights_on = bits_weights, True
+        self.rounding: Rounding | None = None
         weight = layer.weight.detach().clone()  # (C after, C before / groups, ...)
         bias = None if layer.bias is None else layer.bias.detach().clone()
         if factor is not None:
@@ -85,14 +86,16 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("codes", codes.to(torch.uint8 if bits_weights <= 8 else torch.int32))
         self.activation = Quantizer(bits_activations)
 
-    def begin(self) -> None:
+    def begin(self) -> Rounding:
         """Let the rounding be learnt."""
         self.rounding = Rounding(self.weight, self.step, self.zero, 2**self.bits - 1)
+        return self.rounding
 
     def harden(self) -> None:
         """Keep the rounding that was learnt, as whole numbers."""
-        self.codes.copy_(self.rounding.codes())
-        self.rounding = None
+        if self.rounding is not None:
+            self.codes.copy_(self.rounding.codes())
+            self.rounding = None
 
     def quantized(self) -> torch.Tensor:
         """The weights that it computes with."""

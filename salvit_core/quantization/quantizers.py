@@ -54,11 +54,12 @@ def log2_divisor(x: torch.Tensor, least: int = -6, most: int = 9) -> torch.Tenso
     """The power of two that is nearest in ratio, so that a division is a shift: x > 0 -> 2^y of the same shape.
 
     y = floor(log2 x), one more where x / 2^y > 2^(y + 1) / x. Its relative error is at most sqrt(2) - 1, unless y
-    is at an end of the 16 values that 4 bits hold.
+    is at an end of the 16 values that 4 bits hold. The gradient passes as if the ratio to x were fixed: with none, the
+    step of what the divisor is made of would never be learnt.
     """
     y = x.log2().floor()
     y = y + (x / torch.exp2(y) > torch.exp2(y + 1) / x)
-    return torch.exp2(y.clamp(least, most))
+    return torch.exp2(y.clamp(least, most)).detach() * (x / x.detach())
 
 
 class Quantizer(nn.Module):

@@ -178,9 +178,9 @@ def test_all_steps_are_learnt_that_of_the_sum_of_keys_too(trained, images, monke
     monkeypatch.setattr(Quantizer, "forward", forward)
     network = quantize(trained, images, Quantization(bits_activations=4, **FEW))["network"]
     quantizers = list(layers.quantizers_of(network))
-    assert len(quantizers) == len(list(layers.layers_of(network))) + 6 and all(
-        each.step.item() != searched[each] for each in quantizers
-    )
+    names = {module: name for name, module in network.named_modules()}
+    assert len(quantizers) == len(list(layers.layers_of(network))) + 6
+    assert not [names[each] for each in quantizers if each.step.item() == searched[each]]
     (attention,) = (module for module in network.modules() if isinstance(module, LiteMSA))
     query, total = attention.denominator.operands
     assert any(each is total for each in quantizers)

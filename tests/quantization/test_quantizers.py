@@ -106,4 +106,8 @@ def test_a_divisor_is_the_nearest_power_of_two(x):
 def test_a_divisor_has_sixteen_values():
     made = log2_divisor(torch.logspace(-30, 30, 999, base=2.0))
     assert made.unique().log2().tolist() == list(range(-6, 10))
-    assert log2_divisor(torch.tensor([3.0, 2.8])).tolist() == [4, 2]  # on both sides of 2 sqrt 2
+    x = torch.tensor([3.0, 2.8], requires_grad=True)  # on both sides of 2 sqrt 2
+    made = log2_divisor(x)
+    assert made.tolist() == [4, 2]
+    (gradient,) = torch.autograd.grad(made.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([4 / 3, 2 / 2.8]))
