@@ -1,4 +1,4 @@
-"""The command line: salvit study, train, search, replace, infer, estimate, evaluate, and others below.
+"""The command line: salvit study, train, search, replace, quantize, infer, estimate, evaluate, and others below.
 
 Each command is a frozen dataclass, whose fields are its options, and a function of it.
 """
@@ -18,7 +18,7 @@ import tyro
 from . import compat, datasets, workspace
 from .fields import Checked, Count
 from .models import maps
-from .models.config import config_of, preset
+from .models.config import config_of, preset, usual
 from .models.foreign import adopt
 from .models.vit import build
 from .options import parsed
@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "train one network",
     "search": "selective attention search: SAS-L, SAS-H, as released",
     "replace": "another mechanism in attention's place: train, prune, downstream, visualize",
+    "quantize": "few bits for a trained network: Trio-ViT's post-training quantization",
     "infer": "run a network on secret shares, two parties on this machine",
     "estimate": "what a private inference will cost, from shapes alone",
     "evaluate": "encrypted accuracy beside the clear",
@@ -39,6 +40,7 @@ COMMANDS = {
     "party": "play one party of a private inference across machines",
     "migrate": "move a folder of records to the present names",
 }
+ROW = "SAL-ViT B=3"  # of a preset, where none is named
 # Where a command is that a room of its own offers; imported when it is asked for: not everybody has what it needs.
 _HOMES = {
     "study": ("experiments.study", "Study"),
@@ -46,6 +48,7 @@ _HOMES = {
     "calibrate": ("experiments.calibration", "Command"),
     "train": ("training.__main__", "Command"),
     "search": ("search.__main__", "Command"),
+    "quantize": ("quantization.__main__", "Command"),
 }
 
 
@@ -57,8 +60,8 @@ class Subject(Checked):
     """Folder that `salvit train`, `search` or `replace` wrote: its network and weights."""
     preset: str = "cct_7_3x1"
     """Without --run: a preset's name, with random weights, for what it costs."""
-    method: str = "SAL-ViT B=3"
-    """Without --run: row of the tables, such as "SA softmax" or "SAL-ViT B=3"."""
+    method: str | None = None
+    """Without --run: row of the tables, such as "SA softmax". Default: "SAL-ViT B=3"; an EfficientViT has none."""
     data: str | None = None
     """Data set whose test images are sent. Default: that of --run; random images without it."""
     root: Path | None = None
@@ -91,8 +94,8 @@ class Estimate(Checked):
 
     preset: str = "cct_7_3x1"
     """A preset's name."""
-    row: Annotated[str, tyro.conf.arg(aliases=["--method"])] = "SAL-ViT B=3"
-    """Row of the tables, such as "SA softmax" or "SAL-ViT B=3"."""
+    row: Annotated[str | None, tyro.conf.arg(aliases=["--method"])] = None
+    """Row of the tables, such as "SA softmax". Default: "SAL-ViT B=3"; an EfficientViT has none."""
     torchvision: str | None = None
     """Instead of a preset: a network of torchvision, such as vit_b_16 or resnet18."""
     image: int = 224
@@ -176,17 +179,18 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{result} is no result of salvit train or search ({reason}): train again") from error
-    elif name is not None:
-        config = preset(command.preset, command.method)
+    else:
+        method = usual(command.preset, command.method, ROW)
+        config = preset(command.preset, method)
     if name is None:
         torch.manual_seed(0)
-        return build(preset(command.preset, command.method)).eval(), None
+        return build(config).eval(), None
     data = datasets.load(name, command.root or workspace.ROOT / "data")
     _, channels, _, side = data.test.images.shape
     shape = {"image": side, "channels": channels, "classes": data.classes}
     torch.manual_seed(0)
     if command.run is None:
-        return build(preset(command.preset, command.method, **shape)).eval(), data
+        return build(preset(command.preset, method, **shape)).eval(), data
     model = (shaped(config, sizes) if sizes else build(config)).eval()
     load_weights(model, command.run / "weights.pt")
     return model, data
@@ -239,7 +243,7 @@ def priced(command: Estimate) -> tuple[torch.nn.Module, torch.nn.Module | None, 
     if command.torchvision is None:
         if swapped:
             raise ValueError("softmax and gelu stand in for those of --torchvision: a preset's are said by its --row")
-        config = preset(command.preset, command.row)
+        config = preset(command.preset, usual(command.preset, command.row, ROW))
         with torch.device("meta"):
             return build(config), None, (config.channels, config.image, config.image)
     models = compat.torchvision("models")

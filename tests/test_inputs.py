@@ -394,6 +394,9 @@ OPTIONS = {
     "evidence": "profile most minutes nonsense",
     "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
     "evaluate": "run preset method data root n batch protocol provider out nonsense",
+    "quantize": "model weights run data data-path image test-before test-images out device bits-weights "
+    "bits-activations activations per-channel same-ends regulariser migration shift log2 reconstruction images batch "
+    "iterations lr iterations-activations lr-activations seed n_bits_w weight nonsense",
     "estimate": "preset row torchvision image softmax gelu protocol provider link batch reveal out nonsense",
     "calibrate": "again check nonsense",
     "migrate": "folder nonsense",
@@ -410,6 +413,7 @@ FIXED = {
     "infer": ["--preset", "cct_2_3x1", "--method", "SA L2Q"],
     "evaluate": ["--preset", "cct_2_3x1", "--method", "SA L2Q", "--data", "digits", "--n", "2"],
     "estimate": ["--preset", "cct_2_3x1", "--row", "SA L2Q"],
+    "quantize": ["--model", "efficientvit_test", "--data", "digits", "--weights", "weights.pt"],
     "server": ["--meet", "127.0.0.1:1", "--architecture", "cct.json", "--weights", "weights.pt"],
     "client": ["--meet=127.0.0.1:1", "--architecture=cct.json", "--images=images.pt", "--result=result.pt"],
 }
@@ -432,6 +436,7 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         "evaluate": ["salvit_core.private.parties.launch.guard"],
         "estimate": ["salvit_core.private.estimation.network_of"],
         "calibrate": ["salvit_core.experiments.calibration.calibrate"],
+        "quantize": ["salvit_core.quantization.__main__.quantize"],
         "migrate": ["salvit_core.experiments.migrate.migrate"],
         "server": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
         "client": ["salvit_core.private.parties.rendezvous.meet", "salvit_core.private.parties.gloo.meet"],
@@ -459,6 +464,8 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
             config = dataclasses.replace(TINY, attention="multi_lstm" if recurrent else "self")
             Path("result.json").write_text(json.dumps({"config": dataclasses.asdict(config), "data": "digits"}))
             torch.save(build(config).state_dict(), "weights.pt")
+        if command == "quantize":
+            torch.save(build(preset("efficientvit_test")).state_dict(), "weights.pt")
         try:
             cli.main(["party", command, *words] if party else [*command.split(), *words])
         except Began:

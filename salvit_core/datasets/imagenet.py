@@ -14,6 +14,21 @@ def imagenet(name: str, root: Path, seed: int, image: int | None) -> Source:
     All images are decoded into memory: 0.15 MB each at 224 pixels, 200 GB for ImageNet's 1.3 million.
     """
     folder = root / name
+    train, test = parts = listed(folder)
+    paths = [[Path(path) for path, _ in part.samples] for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    side = image or 224
+    require(3 * side * side * sum(map(len, paths)), f"{name} at {side} pixels")
+    return Source(paths[0], labels[0], paths[1], labels[1], len(train.classes), decode=decoder(side))
+
+
+def listed(folder: Path) -> tuple:
+    """The images of both parts, unread: torchvision's ImageFolder of train and of val, of the same classes.
+
+    Raises:
+        FileNotFoundError: a part is missing, or lacks images.
+        ValueError: a class that is in only one of them.
+    """
     layout = f"{folder}/train/<class>/*.JPEG and {folder}/val/<class>/*.JPEG"
     parts = []
     for part in ("train", "val"):
@@ -28,8 +43,4 @@ def imagenet(name: str, root: Path, seed: int, image: int | None) -> Source:
     train, test = parts
     if odd := set(train.classes) ^ set(test.classes):
         raise ValueError(f"class {min(odd)} is in only one of train and val in {folder}: lay it out as {layout}")
-    paths = [[Path(path) for path, _ in part.samples] for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    side = image or 224
-    require(3 * side * side * sum(map(len, paths)), f"{name} at {side} pixels")
-    return Source(paths[0], labels[0], paths[1], labels[1], len(train.classes), decode=decoder(side))
+    return train, test

@@ -20,8 +20,8 @@ from .cifar import cifar10, cifar100
 from .digits import digits
 from .fashion_mnist import fashion_mnist, obtain
 from .fine_grained import cars, flowers
-from .imagenet import imagenet
-from .source import Source, require
+from .imagenet import imagenet, listed
+from .source import Source, decoder, require
 from .tiny_imagenet import tiny_imagenet
 
 DATA: dict[str, Callable[[Path, int, int | None], Source]] = {
@@ -154,6 +154,55 @@ def load(
     }
     splits.setdefault("validation", splits["test"])
     return Data(name, source.classes, **splits, chosen=chosen)
+
+
+# ImageNet's, of each channel, that published weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pieces(
+    folder: Path,
+    part: str,
+    side: int,
+    count: int = 0,
+    seed: int = 0,
+    crop: float = 1.0,
+    size: int = 2048,
+    device: str | torch.device = "cpu",
+) -> Iterator[Split]:
+    """ImageNet piece by piece: of 50,000 images no more are in memory than one piece holds.
+
+    Args:
+        folder: with train/<class>/* and val/<class>/*.
+        part: "train" or "val".
+        side: in pixels; the centre is cut out of images whose shorter side is side / crop.
+        count: of the images, drawn with the seed; 0: all, in the folder's order.
+        seed: of the draw.
+        crop: share of the shorter side that is kept.
+        size: images in a piece.
+        device: where the pieces live.
+
+    Yields:
+        splits, normalised with ImageNet's usual mean and standard deviation.
+
+    Raises:
+        FileNotFoundError: a folder that is missing, or lacks images.
+        ValueError: classes that differ, an image that is corrupt, or fewer images than asked for.
+    """
+    parts = dict(zip(("train", "val"), listed(Path(folder)), strict=True))
+    samples = parts[part].samples
+    if count > len(samples):
+        raise ValueError(f"{count} images: {folder / part} has {len(samples)}, give at most as many")
+    order = torch.arange(len(samples))
+    if count:
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:count]
+    full = round(side / crop)
+    decode, margin = decoder(full), (full - side) // 2
+    for some in order.split(size):
+        images = decode([Path(samples[i][0]) for i in some.tolist()])
+        images = images[:, :, margin : margin + side, margin : margin + side].contiguous().to(device)
+        labels = torch.tensor([samples[i][1] for i in some.tolist()], device=device)
+        yield Split(images, labels, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def batches(

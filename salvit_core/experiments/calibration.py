@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from sklearn.linear_model import LinearRegression
 
-from ..models.config import TransformerConfig, preset
+from ..models.config import Network, preset
 from ..models.vit import build
 from ..private.estimation import WORK, Speed, estimate, work
 from ..private.parties.launch import infer
@@ -42,7 +42,7 @@ CHECKED = (
 )
 
 
-def of_this_machine(networks: tuple[TransformerConfig, ...] = FITTED, queries: int = 3) -> CalibrationRun:
+def of_this_machine(networks: tuple[Network, ...] = FITTED, queries: int = 3) -> CalibrationRun:
     """The calibration that this machine has, or would have."""
     machine = store.machine()
     return CalibrationRun(networks, queries, machine["processor"], machine["cores"])
@@ -73,7 +73,7 @@ def measure(run: CalibrationRun) -> dict:
     return {"speed": vars(fit(rows)), "operations": rows.to_dict("records")}
 
 
-def measured(config: TransformerConfig, queries: int = 3, seed: int = 0) -> pd.DataFrame:
+def measured(config: Network, queries: int = 3, seed: int = 0) -> pd.DataFrame:
     """A network's seconds by kind of operation, the median of several queries, beside the work of `estimate`.
 
     Returns:
@@ -87,7 +87,7 @@ def measured(config: TransformerConfig, queries: int = 3, seed: int = 0) -> pd.D
     return beside(config, seconds.groupby("kind", observed=True).median())
 
 
-def beside(config: TransformerConfig, seconds: pd.Series) -> pd.DataFrame:
+def beside(config: Network, seconds: pd.Series) -> pd.DataFrame:
     """A network's seconds, indexed by kind, as a table with its work."""
     counted = estimate(build(config), (1, config.channels, config.image, config.image)).operations
     rows = work(counted).groupby(counted["kind"], observed=True).sum()
@@ -112,7 +112,7 @@ def fit(rows: pd.DataFrame) -> Speed:
     return Speed(*(line.coef_ / scale.to_numpy()).tolist())
 
 
-def check(speed: Speed, networks: Iterable[TransformerConfig] = CHECKED, queries: int = 3) -> pd.DataFrame:
+def check(speed: Speed, networks: Iterable[Network] = CHECKED, queries: int = 3) -> pd.DataFrame:
     """Networks measured now, beside the model.
 
     Returns:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import workspace
 from ..datasets import Data
 from ..models import maps
-from ..models.config import TransformerConfig, preset
+from ..models.config import Network, preset
 from ..models.operations import KINDS
 from ..models.rows import MECHANISMS, ROWS
 from . import latency, store
@@ -31,7 +31,7 @@ def methods(size: Profile) -> list[str]:
     return [name for name in every if name not in few]
 
 
-def config(size: Profile, data: str, method: str, backbone: str = "cct") -> TransformerConfig:
+def config(size: Profile, data: str, method: str, backbone: str = "cct") -> Network:
     """The network that is trained: the profile's CCT, or a ViT of about its size."""
     if backbone == "cct":
         return size.config(data, method)
@@ -159,7 +159,7 @@ TABLE_2 = (
 )
 
 
-def at_full(method: str, brief: bool) -> TransformerConfig:
+def at_full(method: str, brief: bool) -> Network:
     """The paper's network with a mechanism; Linformer's k is 128, as its row implies."""
     more = {"memory": 128} if method == "Linformer" and not brief else {}
     return preset("cct_4_3x2" if brief else "cct_7_3x1", method, **more)
@@ -275,7 +275,7 @@ def resolution_runs(size: Profile, seed: int = 0) -> tuple[dict, dict]:
     sides = (32, 64) if brief else (32, 64, 112, 224)
     grown = GROWING[:3] if brief else GROWING
 
-    def at(method: str, side: int) -> TransformerConfig:
+    def at(method: str, side: int) -> Network:
         return preset("cct_4_3x2", method, image=side, channels=3, layers=1, memory=64)
 
     free = {(method, side): ClearRun(at(method, side), (1,), 5, True, seed) for method in grown for side in sides}

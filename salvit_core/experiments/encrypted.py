@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from ..models.config import preset
+from ..models.config import TransformerConfig, preset
 from ..private.links import LINKS, Link
 from . import execute, latency
 from .profiles import Profile
@@ -464,7 +464,8 @@ ACTIVATIONS = ("gelu", "quad", "learned_quad")
 
 def activation_steps(found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
     """`latency.operations` of networks that differ in their activation; the method is the activation."""
-    rows = latency.operations(found, {run: run.network.activation for run in found})
+    named = {run: run.network.activation for run in found if isinstance(run.network, TransformerConfig)}
+    rows = latency.operations(found, named)
     return rows.assign(online=rows["seconds"] - rows["offline_seconds"])
 
 

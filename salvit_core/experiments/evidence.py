@@ -9,7 +9,7 @@ data/reference, where notebooks and the README read it.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -77,7 +77,7 @@ def truth_table(profile_name: str = "reference", data: str = "cifar10", source: 
     """
     runs = truth(profile(profile_name), data)
     rows = [
-        (letters(run.network.attention), record["metrics"]["test_accuracy"])
+        (letters(run.network), record["metrics"]["test_accuracy"])
         for run, record in execute.recorded(runs, source).items()
     ]
     groups = pd.DataFrame(rows, columns=["assignment", "accuracy"]).groupby("assignment")["accuracy"]
@@ -87,9 +87,9 @@ def truth_table(profile_name: str = "reference", data: str = "cifar10", source: 
     return table.sort_values(["B", "rank"])
 
 
-def letters(attention: Iterable) -> str:
-    """First letters, of the first layer first: "SE" is self-attention, then external attention."""
-    return "".join(name[0].upper() for name in attention)
+def letters(network: Any) -> str:
+    """A network's assignment, the first layer first: "SE" is self-attention, then external attention."""
+    return "".join(name[0].upper() for name in network.attention)
 
 
 def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cifar10") -> pd.DataFrame:
@@ -105,7 +105,7 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
         if not isinstance(run, SearchRun) or getattr(run.search, "granularity", "") != "layer":
             continue
         for record in execute.recorded([run], "reference").values():
-            chosen = letters(record["metrics"]["architecture"])
+            chosen = letters(replace(run.network, attention=tuple(record["metrics"]["architecture"])))
             rivals = table[table["B"] == chosen.count("S")]["mean"]
             alphas = record["metrics"]["alphas"]
             score = [sum(a for a, kind in zip(alphas, each) if kind == "S") for each in table.index]

@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 from .. import datasets, workspace
 from ..fields import shown
 from ..models import cost
-from ..models.config import config_of
+from ..models.config import TransformerConfig, config_of
 from ..models.vit import build
+from ..quantization import engine, shares
+from ..quantization.engine import STAGES, drawn, quantize
 from ..replacement.distillation import distil
 from ..replacement.pruning import prune, shaped
 from ..search import priced, released, sas
@@ -41,6 +43,7 @@ from .runs import (
     EvaluationRun,
     LearnedRun,
     PrivateRun,
+    QuantizationRun,
     ReplacementRun,
     Run,
     SearchRun,
@@ -51,6 +54,7 @@ from .runs import (
 ABSENT = "Not on record here"  # begins the line on results that are partial
 ENGINES = ("local", "ray")
 RESIZED = ("flowers", "cars", "tiny_imagenet", "imagenet", "imagenet100", "imagenette")
+TABULATED = 256  # training images of which tables of activation functions take their ranges
 MOST_TOGETHER = 4  # trainings at a time, each a process with a few hundred MB of its own, and some GB of a GPU's
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -167,7 +171,8 @@ def trained(run: Training, source: str = "local") -> nn.Module:
     config = run.network
     if "architecture" in record["metrics"]:
         config = config_of({**dataclasses.asdict(config), "attention": record["metrics"]["architecture"]})
-    model = shaped(config, record["metrics"]["hidden"]) if "hidden" in record["metrics"] else build(config)
+    hidden = record["metrics"].get("hidden")
+    model = shaped(config, hidden) if hidden and isinstance(config, TransformerConfig) else build(config)
     load_weights(model, path)
     if record["metrics"].get("weights", found := digest(*model.state_dict().values())) != found:
         raise ValueError(f"the weights {path} are not those of its record: delete {store.path(run, source)} and them")
@@ -176,7 +181,7 @@ def trained(run: Training, source: str = "local") -> nn.Module:
 
 def _refuse_other_weights(run: Run, record: dict) -> None:
     """What was measured of a training that was done again since is of other weights; older records do not say."""
-    if not isinstance(run, LearnedRun | EvaluationRun | DriftRun):
+    if not isinstance(run, LearnedRun | EvaluationRun | DriftRun | QuantizationRun):
         return
     training = store.find(run.trained)
     now = training and training["metrics"].get("weights")
@@ -474,7 +479,7 @@ def subject(run: ClearRun | PrivateRun) -> tuple[nn.Module, tuple[int, ...]]:
     """The network of a run, or its first attention alone, with the shape of one input."""
     torch.manual_seed(run.seed)
     model: nn.Module = build(run.network)
-    if not run.alone:
+    if not run.alone or not isinstance(run.network, TransformerConfig):  # it is refused elsewhere
         return model.eval(), (run.network.channels, run.network.image, run.network.image)
     attention = model.blocks[0].attention  # type: ignore[union-attr,index]  # a CCT's or a ViT's
     shape = (run.network.tokens, run.network.width)
@@ -500,13 +505,36 @@ def _private(run: PrivateRun) -> dict:
     }
 
 
+def quantized(run: QuantizationRun, source: str = "local") -> nn.Module:
+    """The quantized network of a run, in evaluation mode on the CPU; quantized now if there is no local record.
+
+    Raises:
+        FileNotFoundError: its file is not here.
+        ValueError: a file that holds no quantized network.
+    """
+    ensure(run, source)
+    path = store.path(run, source, ".pt")
+    if source == "local" and not path.exists():  # the record is older than these files
+        _quantize(run)
+    return engine.load(path)[0]
+
+
 def _evaluate(run: EvaluationRun) -> dict:
     from ..private.evaluation import evaluate
 
-    model, data = trained(run.trained), dataset(run.trained.data)
+    data = dataset(run.trained.data)
+    if isinstance(run.trained, QuantizationRun):
+        model = shares.on_shares(quantized(run.trained))
+        weights = {"weights": ensure(run.trained)["metrics"]["weights"]}
+    else:
+        model = trained(run.trained)
+        weights = _weights(model)
+    if run.tables:
+        images = drawn(data.train, min(TABULATED, len(data.train.labels)), 0).cpu()
+        model = shares.tabulated(model, images, run.tables, most=run.most)
     label = f"{run.protocol}, {run.bits or 'its own'} bits"
     found = evaluate(model, data, run.protocol, run.n, run.batch, run.provider, run.bits, _unfinished(run), label)
-    return found | _weights(model)
+    return found | weights
 
 
 def _calibrate(run: CalibrationRun) -> dict:
@@ -531,6 +559,25 @@ def _drift(run: DriftRun) -> dict:
     }
 
 
+def _quantize(run: QuantizationRun) -> dict:
+    """Runs that differ in what concerns activations share their weights, and what is known of these."""
+    options, shared = run.options, run.weights_alone()
+    before = ensure(shared)["metrics"]["accuracy"] if options.activations else {}
+    model, data = trained(run.trained), dataset(run.trained.data, run.trained.images)
+    found = quantize(
+        model.to(data.test.images.device),
+        drawn(data.train, options.images, options.seed),
+        options,
+        lambda network: accuracy_of(network, data.test)["accuracy"],
+        _unfinished(run),
+        store.path(shared, ending=".phases"),
+        stages=[stage for stage in STAGES if stage not in before],
+    )
+    engine.save(found["network"].cpu(), options, store.path(run, ending=".pt"))
+    accuracy = before | {stage: found[stage] for stage in STAGES if stage in found}
+    return {"accuracy": accuracy, "history": found["history"], "threads": torch.get_num_threads(), **_weights(model)}
+
+
 _MEASURES: dict[type, Callable[..., dict]] = {
     TrainRun: _train,
     SearchRun: _search,
@@ -541,4 +588,5 @@ _MEASURES: dict[type, Callable[..., dict]] = {
     CalibrationRun: _calibrate,
     EvaluationRun: _evaluate,
     DriftRun: _drift,
+    QuantizationRun: _quantize,
 }

@@ -14,7 +14,7 @@ import torch
 from .. import workspace
 from ..models import cost
 from ..models.cct import CCT
-from ..models.config import TransformerConfig, preset
+from ..models.config import Network, preset
 from ..models.operations import KINDS
 from ..models.rows import ROWS
 from ..models.vit import build
@@ -72,13 +72,13 @@ def operations(found: Records, names: Mapping[PrivateRun, str] | None = None) ->
         tables.append(rows)
     columns = ["network", "method", "query", "protocol", "layer", "kind", *COSTS]
     table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
-    order = list(dict.fromkeys(names.values())) if names is not None else list(ROWS)
+    order = list(dict.fromkeys(names.values())) if names is not None else list(dict.fromkeys([*ROWS, *table["method"]]))
     table["method"] = pd.Categorical(table["method"], order)
     table["kind"] = pd.Categorical(table["kind"], KINDS)
     return table
 
 
-def estimated(networks: Mapping[str, TransformerConfig], protocol: str = "tuned") -> pd.DataFrame:
+def estimated(networks: Mapping[str, Network], protocol: str = "tuned") -> pd.DataFrame:
     """One query of each network as `operations` would have it, but from shapes alone: exact, and without seconds.
 
     Args:
@@ -93,7 +93,7 @@ def estimated(networks: Mapping[str, TransformerConfig], protocol: str = "tuned"
 
 
 @functools.cache
-def _counted(config: TransformerConfig, protocol: str) -> pd.DataFrame:
+def _counted(config: Network, protocol: str) -> pd.DataFrame:
     with torch.device("meta"):
         model = build(config)
     return estimate(model, (1, config.channels, config.image, config.image), protocol).operations

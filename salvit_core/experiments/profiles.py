@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..fields import Among, Checked, Count, CountOrNone, shown
-from ..models.config import PRESETS, TransformerConfig
+from ..models.config import PRESETS, Network, TransformerConfig
 from ..models.rows import METHODS
 from ..search.priced import PricedSearch
 from ..search.released import ReleasedSearch
@@ -50,9 +50,11 @@ class Profile(Checked):
 
     def config(self, data: str, method: str | None = None, **changes) -> TransformerConfig:
         """The network that this profile trains on a data set."""
-        return network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
+        made = network(LARGE.get(data, self.trained), data, method, **{**self.changes, **changes})
+        assert isinstance(made, TransformerConfig)  # as all of `PRESETS` are
+        return made
 
-    def training(self, data: str, config: TransformerConfig, seed: int = 0, **changes) -> TrainRun:
+    def training(self, data: str, config: Network, seed: int = 0, **changes) -> TrainRun:
         """One network trained from scratch; `changes` are fields of `Recipe`, or `teacher`."""
         teacher = changes.pop("teacher", None)
         return TrainRun(data, config, self._finetune(data, seed=seed, **changes), self.images, teacher)
@@ -60,7 +62,7 @@ class Profile(Checked):
     def search(
         self,
         data: str,
-        config: TransformerConfig,
+        config: Network,
         budget: int,
         seed: int = 0,
         released: bool = False,
@@ -74,9 +76,7 @@ class Profile(Checked):
         search = kind(config, first, second, seed, budget, **of_search)  # type: ignore[arg-type]  # it refuses a ViT
         return SearchRun(data, search, self.images, teacher)
 
-    def choice(
-        self, data: str, config: TransformerConfig, prices: dict[str, float], budget: float, seed: int = 0
-    ) -> SearchRun:
+    def choice(self, data: str, config: Network, prices: dict[str, float], budget: float, seed: int = 0) -> SearchRun:
         """One search among the mechanisms that `prices` names."""
         phases = (config, self._search(data), self._finetune(data), seed)
         search = PricedSearch(*phases, tuple(prices), tuple(prices.values()), budget)  # type: ignore[arg-type]

@@ -121,7 +121,8 @@ def accuracies(made: Plan, found: Mapping[ReplacementRun, dict]) -> pd.DataFrame
         row |= {"kept": facts["test_accuracy"] - facts["teacher_accuracy"], **after}
         row |= {"parameters": facts["parameters"], "seconds": facts["seconds"]}
         taught = {**row, "variant": "teacher", "accuracy": facts["teacher_accuracy"], "kept": 0.0, "seconds": np.nan}
-        taught |= {"parameters": _parameters(run.teacher.network), **dict.fromkeys(after, np.nan)}
+        size = _parameters(run.teacher.network)  # type: ignore[arg-type]  # a transformer's
+        taught |= {"parameters": size, **dict.fromkeys(after, np.nan)}
         rows += [row] if any(r["variant"] == "teacher" and r["seed"] == seed for r in rows) else [taught, row]
     columns = [
         "dataset",

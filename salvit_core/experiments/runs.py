@@ -6,12 +6,22 @@ How each is measured is in `execute`.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
-from ..fields import Checked, Count, CountOrNone, Seed
-from ..models.config import PRESETS, CCTConfig, TransformerConfig, config_of, preset
+from ..fields import Checked, Count, CountOrNone, Range, Seed
+from ..models.config import (
+    EFFICIENTVITS,
+    PRESETS,
+    CCTConfig,
+    EfficientViTConfig,
+    Network,
+    TransformerConfig,
+    config_of,
+    preset,
+)
 from ..models.rows import ROWS
 from ..private.links import Link
+from ..quantization.engine import TRICKS, Quantization
 from ..replacement.distillation import Distillation, replaced_config
 from ..replacement.pruning import Pruning
 from ..search.priced import PricedSearch
@@ -35,7 +45,7 @@ SHAPES = {
 }
 
 
-def network(name: str, data: str, method: str | None = None, **changes) -> TransformerConfig:
+def network(name: str, data: str, method: str | None = None, **changes) -> Network:
     """A preset with the image size, channels and classes of a data set; the rest as in `preset`.
 
     Raises:
@@ -62,7 +72,7 @@ class TrainRun(Checked):
     study: ClassVar[str] = "training"
 
     data: str
-    network: TransformerConfig
+    network: Network
     recipe: Recipe
     images: CountOrNone = 0
     teacher: "TrainRun | None" = None
@@ -146,6 +156,12 @@ class ReplacementRun(Checked):
     distillation: Distillation
     pruning: Pruning | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.teacher.network, TransformerConfig):
+            name = of_network(self.teacher.network)
+            raise ValueError(f"teacher is a training of {name}, which has no attention to replace: give a CCT or a ViT")
+
     @property
     def data(self) -> str:
         """The teacher's, as its number of images."""
@@ -164,8 +180,8 @@ class ReplacementRun(Checked):
     @property
     def network(self) -> TransformerConfig:
         """The architecture with its replacements, none of whose hidden units is pruned."""
-        run = self.distillation
-        return replaced_config(self.teacher.network, run.by, run.layers, run.drop_path)
+        run, config = self.distillation, self.teacher.network
+        return replaced_config(config, run.by, run.layers, run.drop_path)  # type: ignore[arg-type]  # no other is taken
 
     def unpruned(self) -> "ReplacementRun":
         """What is to be pruned."""
@@ -173,7 +189,7 @@ class ReplacementRun(Checked):
 
     def label(self) -> str:
         """Data set, teacher, replacement, loss, epochs, what is pruned, seed."""
-        run, taught = self.distillation, "-".join(dict.fromkeys(map(str, self.teacher.network.attention)))
+        run, taught = self.distillation, "-".join(dict.fromkeys(map(str, self.teacher.network.attention)))  # type: ignore[union-attr]
         epochs = " ".join(str(recipe.epochs) for recipe in run.stages().values())
         pruned = ""
         if self.pruning:
@@ -195,6 +211,11 @@ class LearnedRun(Checked):
     trained: TrainRun
     images: Count = 64
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.trained.network, TransformerConfig):
+            raise ValueError(f"trained is of {of_network(self.trained.network)}, which has no L2Q: give a CCT or a ViT")
+
     @property
     def seed(self) -> int:
         """Of the training."""
@@ -213,17 +234,21 @@ class ClearRun(Checked):
         network: the architecture.
         batches: images at a time whose latency is measured.
         repeats: forward passes per batch size, after some to warm up.
-        alone: only the attention of the first layer, on random tokens.
+        alone: only the attention of the first layer, on random tokens; of a transformer.
         seed: of the weights and of the images.
     """
 
     study: ClassVar[str] = "clear"
 
-    network: TransformerConfig
+    network: Network
     batches: tuple[Count, ...] = (1, 64)
     repeats: Count = 10
     alone: bool = False
     seed: Seed = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_alone(self)
 
     def label(self) -> str:
         """The network, or its attention."""
@@ -245,13 +270,13 @@ class PrivateRun(Checked):
         queries: how many queries.
         batch: images in a query.
         link: emulated connection; None for the bare loopback.
-        alone: only the attention of the first layer, on random tokens in place of images.
+        alone: only the attention of the first layer, on random tokens in place of images; of a transformer.
         seed: of the weights and, with `query`, of the images.
     """
 
     study: ClassVar[str] = "private"
 
-    network: TransformerConfig
+    network: Network
     protocol: str = "tuned"
     provider: str = "TFP"
     query: CountOrNone = 0
@@ -260,6 +285,10 @@ class PrivateRun(Checked):
     link: Link | None = None
     alone: bool = False
     seed: Seed = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_alone(self)
 
     def label(self) -> str:
         """The network, and what is not usual about the session."""
@@ -285,7 +314,7 @@ class CalibrationRun(Checked):
 
     study: ClassVar[str] = "calibration"
 
-    networks: tuple[TransformerConfig, ...]
+    networks: tuple[Network, ...]
     queries: Count
     processor: str
     cores: Count
@@ -301,22 +330,30 @@ class EvaluationRun(Checked):
     """One trained network evaluated on shares.
 
     Attributes:
-        trained: the run that trained it.
+        trained: the run that trained it, or that quantized it after training.
         n: test images.
         batch: images in a query.
         protocol: as in `private.infer`.
         provider: as in `private.infer`.
         bits: as in `private.infer`.
+        tables: bits of what activation functions read, each a table of its own (`quantization.shares.tabulated`).
+        most: numbers of an image that such a function reads at most; others stay as they are.
     """
 
     study: ClassVar[str] = "encrypted"
 
-    trained: TrainRun | SearchRun | ReplacementRun
+    trained: "TrainRun | SearchRun | ReplacementRun | QuantizationRun"
     n: Count = 256
     batch: Count = 8
     protocol: str = "tuned"
     provider: str = "TFP"
     bits: int | None = None
+    tables: Annotated[int, Range(1, 14)] | None = None
+    most: Count | None = None
+
+    def ignored(self) -> set[str]:
+        """The fields that the result does not depend on."""
+        return set() if self.tables else {"most"}
 
     @property
     def seed(self) -> int:
@@ -326,6 +363,7 @@ class EvaluationRun(Checked):
     def label(self) -> str:
         """The training, the protocol, how many images."""
         bits = "" if self.bits is None else f" {self.bits} bits"
+        bits += f" tables of {self.tables} bits" if self.tables else ""
         return f"{self.trained.label()} {self.protocol}{bits} {self.n} images"
 
 
@@ -359,23 +397,78 @@ class DriftRun(Checked):
         return f"{self.trained.label()} {self.protocol} {self.n} images"
 
 
+@dataclass(frozen=True)
+class QuantizationRun(Checked):
+    """One trained network quantized after training (`quantization.engine`), and its accuracy on all test images.
+
+    Attributes:
+        trained: the run that trained it; calibration images are drawn from those that it was trained with.
+        options: how.
+    """
+
+    study: ClassVar[str] = "quantization"
+
+    trained: TrainRun
+    options: Quantization
+
+    @property
+    def data(self) -> str:
+        """Of the training."""
+        return self.trained.data
+
+    @property
+    def network(self) -> Network:
+        """Of the training."""
+        return self.trained.network
+
+    @property
+    def seed(self) -> int:
+        """Of calibration images and batches."""
+        return self.options.seed
+
+    def weights_alone(self) -> "QuantizationRun":
+        """What runs have in common that differ in what concerns activations."""
+        return dataclasses.replace(self, options=self.options.weights_alone())
+
+    def label(self) -> str:
+        """Data set, network, bits, what is left out, the calibration's seed."""
+        options = self.options
+        bits = f"w{options.bits_weights}" + (f"a{options.bits_activations}" if options.activations else "")
+        left = [f"no {name}" for name in TRICKS if not getattr(options, name)]
+        words = [self.trained.data, of_network(self.trained.network), bits, *left]
+        words += [] if options.per_channel else ["per tensor"]
+        return " ".join([*words, f"calibration {options.seed}"])
+
+
 Training = TrainRun | SearchRun | ReplacementRun  # what leaves weights
-Run = Training | LearnedRun | ClearRun | PrivateRun | CalibrationRun | EvaluationRun | DriftRun
-RUNS = {
-    each.study: each
-    for each in (
-        *(TrainRun, SearchRun, ReplacementRun, LearnedRun, ClearRun, PrivateRun, CalibrationRun, EvaluationRun),
-        DriftRun,
-    )
-}
+Run = (
+    TrainRun
+    | SearchRun
+    | ReplacementRun
+    | LearnedRun
+    | ClearRun
+    | PrivateRun
+    | CalibrationRun
+    | EvaluationRun
+    | DriftRun
+    | QuantizationRun
+)
+RUNS: dict[str, type] = {each.study: each for each in get_args(Run)}
+
+
+def _refuse_alone(run: ClearRun | PrivateRun) -> None:
+    if run.alone and not isinstance(run.network, TransformerConfig):
+        raise ValueError(f"alone is True: {of_network(run.network)} has no layers of tokens, give a CCT or a ViT")
 
 
 # Names of networks
 
+EFFICIENTVIT = "EfficientViT"  # where the tables have the row of a transformer
+
 
 @functools.cache
-def _named() -> dict[TransformerConfig, tuple[str, str]]:
-    named: dict[TransformerConfig, tuple[str, str]] = {}
+def _named() -> dict[Network, tuple[str, str]]:
+    named: dict[Network, tuple[str, str]] = {preset(name): (name, EFFICIENTVIT) for name in EFFICIENTVITS}
     for name, fields in PRESETS.items():
         layers = fields.get("layers", TransformerConfig.layers)
         for method, choice in ROWS.items():
@@ -386,15 +479,20 @@ def _named() -> dict[TransformerConfig, tuple[str, str]]:
     return named
 
 
-def name_of(config: TransformerConfig) -> tuple[str, str] | None:
-    """Preset and method of a network, or None where it is no preset with a method of the tables."""
+def name_of(config: Network) -> tuple[str, str] | None:
+    """Preset and method of a network, or None where it is no preset with a method of the tables.
+
+    An EfficientViT's method is `EFFICIENTVIT`: its attention is its own.
+    """
     return _named().get(config)
 
 
-def of_network(config: TransformerConfig) -> str:
+def of_network(config: Network) -> str:
     """What a person would call a network: preset and method, or its kind, size and attention."""
     if found := name_of(config):
-        return " ".join(found)
+        return found[0] if isinstance(config, EfficientViTConfig) else " ".join(found)
+    if isinstance(config, EfficientViTConfig):
+        return f"efficientvit {'-'.join(map(str, config.widths))} {config.image}px"
     kind = "cct" if isinstance(config, CCTConfig) else "vit"
     names = dict.fromkeys(name if isinstance(name, str) else "heads" for name in config.attention)
     attention = "-".join(names)
@@ -435,13 +533,14 @@ def _read(kind: type, fields: dict) -> Any:
         "pruning": lambda f: f and _read(Pruning, f),
         "search": _search,
         "link": lambda f: f and Link(**f),
+        "options": lambda f: Quantization(**f),
     }
     return kind(**{name: read.get(name, _tuples)(value) for name, value in fields.items()})
 
 
-def _training(fields: dict) -> Training:
-    kind = SearchRun if "search" in fields else ReplacementRun if "distillation" in fields else TrainRun
-    return _read(kind, fields)
+def _training(fields: dict) -> Training | QuantizationRun:
+    kinds: dict[str, type] = {"search": SearchRun, "distillation": ReplacementRun, "options": QuantizationRun}
+    return _read(next((kind for name, kind in kinds.items() if name in fields), TrainRun), fields)
 
 
 def _search(fields: dict) -> Search | ReleasedSearch | PricedSearch:

@@ -10,6 +10,7 @@ from .costs import ratios_beside_paper, stacked_kinds
 from .learned import normalizer_curves, parameter_ranges, scatter_by_layer
 from .maps import heat_maps, map_grid
 from .quantities import curves, dots
+from .quantization import accuracy_by_bits
 from .roofline import roofline
 from .saving import save, save_table
 from .search import trajectories
@@ -21,6 +22,7 @@ __all__ = [
     "WIDTH",
     "Look",
     "accuracy_against",
+    "accuracy_by_bits",
     "accuracy_by_variant",
     "curves",
     "dots",

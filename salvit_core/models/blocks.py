@@ -9,7 +9,7 @@ from torch import nn
 from .activations import ACTIVATIONS
 from .attention import ATTENTION
 from .attention.headwise import HeadwiseAttention
-from .config import EfficientViTConfig, TransformerConfig
+from .config import Network, TransformerConfig
 from .normalizers import L2Q, Softmax
 from .operations import MatMul, Operation, of_kind
 
@@ -81,7 +81,7 @@ class SequencePool(nn.Module):
         return self.values(weights.transpose(1, 2), x).squeeze(1)
 
 
-def refuse_other_images(config: TransformerConfig | EfficientViTConfig, images: torch.Tensor) -> None:
+def refuse_other_images(config: Network, images: torch.Tensor) -> None:
     """Refuse images of a size that a network is not for: some leave as many tokens, and would be answered.
 
     While a network is traced there are no images yet.

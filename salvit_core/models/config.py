@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from ..fields import Among, Checked, Range, Share, Size, shown, whole
 from .activations import ACTIVATIONS
@@ -182,6 +182,8 @@ class DeiTConfig(ViTConfig):
         return super().ignored() | (set() if queried else {"qkv_bias"})
 
 
+Network: TypeAlias = TransformerConfig | EfficientViTConfig  # what fixes a network of ours
+
 DEIT: dict[str, Any] = dict(
     **dict(image=224, patch=16, classes=1000, layers=12, mlp_ratio=4.0),
     **dict(qkv_bias=True, norm_eps=1e-6, attention_dropout=0.0),
@@ -257,6 +259,11 @@ def config_of(fields: dict) -> Any:
         names = ", ".join(sorted(shown(name).strip("'") for name in unknown))
         raise ValueError(f"{made.__name__} has no field {names}: choose from {', '.join(sorted(known))}")
     return made(**fields)
+
+
+def usual(name: str, method: str | None, otherwise: str) -> str | None:
+    """The row that is meant where a command names a preset and may leave its method out: an EfficientViT has none."""
+    return otherwise if method is None and name not in EFFICIENTVITS else method
 
 
 def preset(name: str, method: str | None = None, **changes) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .blocks import refuse_other_images
 from .config import EfficientViTConfig
-from .operations import Divide, MatMul, TokenSum, of_kind
+from .operations import Divide, MatMul, Sum, TokenSum, of_kind
 
 
 def convolution(
@@ -139,18 +139,19 @@ class AveragePool(nn.Module):
     Args:
         before: channels read.
         after: channels made and averaged.
+        side: of the picture in pixels.
     """
 
     kind = "pooling"
 
-    def __init__(self, before: int, after: int):
+    def __init__(self, before: int, after: int, side: int):
         super().__init__()
         self.expand = convolution(before, after)
-        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.sum, self.side = Sum((-2, -1)), side
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, before, height, width) -> features (B, after)."""
-        return self.mean(self.expand(x)).flatten(1)
+        return self.sum(self.expand(x)) * self.side**-2
 
 
 class EfficientViT(nn.Module):
@@ -184,7 +185,7 @@ class EfficientViT(nn.Module):
                 blocks += [Residual(mbconv(width, width, config.expand)) for _ in range(depth - 1)]
         self.blocks = nn.Sequential(*blocks)
         pooled, hidden = config.head_widths
-        self.pool = AveragePool(width, pooled)
+        self.pool = AveragePool(width, pooled, side)
         self.head = of_kind("head", nn.Sequential())
         self.head.expand = nn.Linear(pooled, hidden, bias=False)
         self.head.norm = of_kind("LayerNorm", nn.LayerNorm(hidden))
@@ -199,3 +200,25 @@ class EfficientViT(nn.Module):
         """Images (B, C, height, width) -> what the head reads, (B, head_widths[0])."""
         refuse_other_images(self.config, images)
         return self.pool(self.blocks(self.tokenizer(images)))
+
+
+def load_published(model: EfficientViT, weights: dict) -> None:
+    """Put weights into an EfficientViT: under our names, or those of timm and of the release, in the network's order.
+
+    Args:
+        model: of a configuration of the same sizes.
+        weights: what a training wrote here, what timm's `state_dict` gives, or what the released checkpoints hold, with
+            it as "state_dict".
+
+    Raises:
+        ValueError: weights that are not those of this network: each by name, or by shape.
+    """
+    weights = weights.get("state_dict", weights)
+    own = list(model.state_dict())
+    if set(weights) != set(own) and len(weights) == len(own):
+        weights = dict(zip(own, weights.values(), strict=True))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights are not those of this EfficientViT: {reason[:500]}") from error

@@ -122,6 +122,93 @@ class Divide(Operation):
         return result.numel()
 
 
+class ShiftDivide(Operation):
+    """Quotient whose divisor is the power of two next to it in ratio, so that plain hardware shifts (Trio-ViT, III.C).
+
+    a / 2^y, y = floor(log2 (b + eps)), one more where (b + eps) / 2^y > 2^(y+1) / (b + eps), which is above
+    2^(y + 1/2); within [least, most]. Off by a factor of sqrt(2) at most, where y is within.
+
+    Args:
+        least: exponent of the smallest divisor.
+        most: of the largest; 4 bits hold 16 exponents.
+        eps: keeps the divisor from zero.
+    """
+
+    def __init__(self, least: int = -6, most: int = 9, eps: float = EPS):
+        super().__init__()
+        self.least, self.most, self.eps = least, most, eps
+
+    def forward(self, numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+        """Numerators and denominators >= 0 that broadcast -> their quotients."""
+        exponent = torch.ceil(torch.log2(denominator + self.eps) - 0.5)
+        return numerator * torch.exp2(-exponent.clamp(self.least, self.most))
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"least={self.least}, most={self.most}, eps={self.eps:g}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
+# What a `Lookup` may have in its table.
+TABLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "relu": torch.relu,
+    "hardswish": nn.functional.hardswish,
+    "gelu": nn.functional.gelu,
+    "tanh gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Lookup(Operation):
+    """A function of a number in few bits, as a table: f(step (clamp(round(x / step) + zero, 0, 2^bits - 1) - zero)).
+
+    With "identity" it is a quantizer and nothing else.
+
+    Args:
+        function: a name of `TABLES`.
+        bits: of the number.
+        step: between two points of its grid, public as the architecture is.
+        zero: the point that stands for zero, a whole number.
+        spare: bits that a private table has besides, so that what lies beyond the grid is clamped by it. The table
+            reaches (2^spare - 1) / 2 of the grid's range beyond either end.
+
+    Raises:
+        ValueError: an unknown function, or a table that no dealer would send.
+    """
+
+    def __init__(self, function: str, bits: int, step: float, zero: int = 0, spare: int = 1):
+        super().__init__()
+        if function not in TABLES:
+            raise ValueError(f"function {function!r} is unknown: choose from {', '.join(TABLES)}")
+        if not (bits >= 1 and spare >= 0 and bits + spare <= 16):
+            raise ValueError(f"a table of {bits} and {spare} bits: give 1 bit to 16 of both")
+        if not 0 < step < math.inf:
+            raise ValueError(f"step is {step}: give a positive number")
+        self.function, self.bits, self.step, self.zero, self.spare = function, bits, float(step), int(zero), spare
+
+    def points(self, number: torch.Tensor) -> torch.Tensor:
+        """The function at points of the grid, whole numbers of any size, which are clamped to it."""
+        return TABLES[self.function]((number.clamp(0, 2**self.bits - 1) - self.zero) * self.step)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) -> the same shape."""
+        return self.points((x / self.step).round() + self.zero)
+
+    def extra_repr(self) -> str:
+        """Options that show in the model's text and so in its fingerprint."""
+        return f"{self.function}, bits={self.bits}, step={self.step!r}, zero={self.zero}, spare={self.spare}"
+
+    def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
+        """By size."""
+        return result.numel()
+
+
 class Exponential(Operation):
     """exp(a - max a), the largest entry along `dims` becoming one: an exponential that cannot overflow.
 

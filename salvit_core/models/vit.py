@@ -12,7 +12,7 @@ from torch import nn
 
 from .blocks import Block, attention_of, initialize, refuse_other_images
 from .cct import CCT
-from .config import CCTConfig, EfficientViTConfig, TransformerConfig, ViTConfig
+from .config import CCTConfig, EfficientViTConfig, Network, ViTConfig
 from .efficientvit import EfficientViT
 from .operations import of_kind
 
@@ -126,7 +126,7 @@ def load_deit(model: ViT, weights: dict) -> None:
         raise ValueError(f"the weights are not those of this ViT: {reason[:500]}") from error
 
 
-def build(config: TransformerConfig | EfficientViTConfig) -> nn.Module:
+def build(config: Network) -> nn.Module:
     """The network of a configuration: a `ViT` of a `ViTConfig`, a `CCT` of a `CCTConfig`, and so on.
 
     Raises:

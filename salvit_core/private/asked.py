@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..fields import Among, Count, Range, check, shown
-from ..models.config import EfficientViTConfig, TransformerConfig
+from ..models.config import Network
 from .links import Link
 from .protocol import DEALT, LIMIT, PROTOCOLS, PROVIDERS, REVEALS
 
@@ -92,10 +92,10 @@ def image_problem(images: Any, config: Any = None) -> str | None:
     return None
 
 
-def config_of(model: nn.Module) -> TransformerConfig | EfficientViTConfig | None:
+def config_of(model: nn.Module) -> Network | None:
     """The configuration of a network of ours: others' may have one that says something else."""
     config = getattr(model, "config", None)
-    return config if isinstance(config, TransformerConfig | EfficientViTConfig) else None
+    return config if isinstance(config, Network) else None
 
 
 def weight_problem(weights: dict[str, torch.Tensor]) -> str | None:

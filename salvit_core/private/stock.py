@@ -29,6 +29,7 @@ from ..models.operations import (
     Gain,
     HeadLinear,
     LinearScan,
+    Lookup,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -37,6 +38,7 @@ from ..models.operations import (
     Resample,
     Reweight,
     SegmentMeans,
+    ShiftDivide,
     SquaredNorm,
     Sum,
     Take,
@@ -206,6 +208,18 @@ def l1(module: L1, secret: Secrets, weights: MPCTensor) -> MPCTensor:
     return weights / weights.sum(module.dim, keepdim=True)
 
 
+_TABLES: dict[str, Callable] = {
+    "identity": lambda secret, x: x,
+    "relu": lambda secret, x: relu(nn.ReLU(), secret, x),
+    "hardswish": lambda secret, x: hardswish(nn.Hardswish(), secret, x),
+    "gelu": lambda secret, x: gelu(nn.GELU(), secret, x),
+    "tanh gelu": lambda secret, x: tanh_gelu(TanhGELU(), secret, x),
+    "sigmoid": lambda secret, x: sigmoid(nn.Sigmoid(), secret, x),
+    "silu": lambda secret, x: silu(nn.SiLU(), secret, x),
+    "tanh": lambda secret, x: tanh(nn.Tanh(), secret, x),
+}
+
+
 # What attention mechanisms compute besides
 
 
@@ -217,6 +231,22 @@ def times(module: Multiply, secret: Secrets, left: MPCTensor, right: MPCTensor) 
 def divide(module: Divide, secret: Secrets, numerator: MPCTensor, denominator: MPCTensor) -> MPCTensor:
     """Quotients a / (b + eps) by CrypTen's division: a sign test, then the reciprocal."""
     return numerator / (denominator + module.eps)
+
+
+def shift_divide(module: ShiftDivide, secret: Secrets, numerator: MPCTensor, denominator: MPCTensor) -> MPCTensor:
+    """Quotients a / 2^y: a comparison with the knot between every two exponents, all at once, then a product."""
+    exponents = torch.arange(module.least, module.most, dtype=torch.float32)
+    # In 2^-most, by which 2^-y falls at each knot: whole, since what a comparison gives has no fractional bits.
+    steps = torch.exp2(module.most - exponents - 1).long()
+    divisor = denominator.unsqueeze(-1).expand(*denominator.size(), len(exponents))  # else one share alone would grow
+    above = (divisor + (module.eps - torch.exp2(exponents + 0.5))).ge(0)
+    return numerator * (-(above * steps).sum(-1) + 2 ** (module.most - module.least)) * 2.0**-module.most
+
+
+def lookup(module: Lookup, secret: Secrets, x: MPCTensor) -> MPCTensor:
+    """The function of x, clamped to the grid by two comparisons; not rounded to it, which CrypTen has no way to."""
+    low, high = ((number - module.zero) * module.step for number in (0, 2**module.bits - 1))
+    return _TABLES[module.function](secret, x.hardtanh(low, high))
 
 
 def exponential(module: Exponential, secret: Secrets, x: MPCTensor) -> MPCTensor:
@@ -350,6 +380,8 @@ MODULES: dict[type, Callable] = {
     MatMul: matmul,
     Multiply: times,
     Divide: divide,
+    ShiftDivide: shift_divide,
+    Lookup: lookup,
     Exponential: exponential,
     SquaredNorm: squared_norm,
     HeadLinear: head_linear,
@@ -495,7 +527,22 @@ def _exponential_domain(module: Exponential, a: torch.Tensor) -> list[Span]:
     return spans("exponents", a, EXPONENT)
 
 
+_TABLE_DOMAINS: dict[str, Callable] = {
+    "gelu": lambda x: _gelu_domain(nn.GELU(), x),
+    "tanh gelu": lambda x: _tanh_gelu_domain(TanhGELU(), x),
+    "sigmoid": lambda x: _sigmoid_domain(nn.Sigmoid(), x),
+    "silu": lambda x: _sigmoid_domain(nn.SiLU(), x),
+    "tanh": lambda x: _tanh_domain(nn.Tanh(), x),
+}
+
+
+def _lookup_domain(module: Lookup, x: torch.Tensor) -> list[Span]:
+    low, high = ((number - module.zero) * module.step for number in (0, 2**module.bits - 1))
+    return _TABLE_DOMAINS.get(module.function, lambda x: [])(x.clamp(low, high))
+
+
 DOMAINS: dict[type, Callable[..., list[Span]]] = {
+    Lookup: _lookup_domain,
     Softmax: _softmax_domain,
     TwoQuad: _two_quad_domain,
     TwoReLU: _two_relu_domain,
@@ -517,7 +564,7 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
 
 # CrypTen compares exactly, whatever the numbers.
 EVERYWHERE = LINEAR | {
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.MaxPool2d),
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.MaxPool2d, ShiftDivide),
 }
 
 

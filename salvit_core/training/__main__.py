@@ -14,7 +14,7 @@ import tyro
 
 from .. import datasets, workspace
 from ..fields import Checked, Size
-from ..models.config import EFFICIENTVITS, preset
+from ..models.config import preset, usual
 from ..models.vit import build
 from ..options import parsed
 from .loop import train
@@ -66,7 +66,7 @@ def _train(command: Command) -> None:
     recipe, root = command.recipe, command.root or workspace.ROOT / "data"
     data = datasets.load(command.data, root, command.device, protocol=command.protocol, image=command.image)
     _, channels, _, side = data.train.images.shape
-    method = command.method or (None if command.preset in EFFICIENTVITS else "SA softmax")
+    method = usual(command.preset, command.method, "SA softmax")
     config = preset(command.preset, method, image=side, channels=channels, classes=data.classes)
     words = [command.preset, *([method] if method else []), data.name, str(recipe.seed)]
     name = " ".join(words).replace(" ", "-").replace("=", "")

@@ -122,22 +122,9 @@ def resume(
         OSError: the file cannot be read; names it.
         ValueError: a file that is no checkpoint, lacks a part of one, or is of another run; names it.
     """
-    content = loaded(path, "a checkpoint of this program")
-    parts = ("identity", "model", "optimizer", "random", "history", "best")
-    lacking = [name for name in parts if not isinstance(content, dict) or name not in content]
-    if lacking:
-        raise ValueError(f"checkpoint {path} lacks {', '.join(lacking)}: name another file or delete this one")
-    found = content["identity"]
-    if not isinstance(found, dict):
-        raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
     # What a checkpoint was written without, it was trained without.
-    found = {field.name: field.default for field in dataclasses.fields(Recipe)} | found
-    for name in {**found, **identity}:
-        if found.get(name) != identity.get(name):
-            raise ValueError(
-                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, here {identity.get(name)!r}; "
-                "name another file or delete this one"
-            )
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    content = continued(path, identity, ("model", "optimizer", "random", "history", "best"), defaults)
     try:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
@@ -150,6 +137,36 @@ def resume(
     except _UNFIT as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"checkpoint {path} does not fit ({reason}): name another file or delete this one") from error
+
+
+def continued(path: Path, identity: dict, parts: tuple[str, ...], defaults: dict | None = None) -> dict:
+    """What a checkpoint holds that is of a run, and of no other.
+
+    Args:
+        path: the file.
+        identity: of the run, flat plain data; the checkpoint has its own.
+        parts: that it must have besides.
+        defaults: what its identity means where it does not say it.
+
+    Raises:
+        OSError: the file cannot be read; names it.
+        ValueError: a file that is no checkpoint, lacks a part of one, or is of another run; names it.
+    """
+    content = loaded(path, "a checkpoint of this program")
+    lacking = [name for name in ("identity", *parts) if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise ValueError(f"checkpoint {path} lacks {', '.join(lacking)}: name another file or delete this one")
+    found = content["identity"]
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint {path} does not say of which run it is: name another file or delete this one")
+    found = (defaults or {}) | found
+    for name in {**found, **identity}:
+        if found.get(name) != identity.get(name):
+            raise ValueError(
+                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, here {identity.get(name)!r}; "
+                "name another file or delete this one"
+            )
+    return content
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -12,8 +12,20 @@ import pytest
 import torch
 
 from salvit_core import CCT, cost, preset, workspace
-from salvit_core.experiments import execute, profiles, store
-from salvit_core.experiments.runs import ClearRun, SearchRun, TrainRun
+from salvit_core.experiments import execute, latency, profiles, store
+from salvit_core.experiments.runs import (
+    ClearRun,
+    EvaluationRun,
+    LearnedRun,
+    PrivateRun,
+    QuantizationRun,
+    SearchRun,
+    TrainRun,
+    network,
+    of_network,
+    run_of,
+)
+from salvit_core.quantization import Quantization
 from salvit_core.search import sas
 from salvit_core.training import Recipe, evaluate
 
@@ -187,6 +199,46 @@ def test_what_a_network_costs_in_the_clear_is_a_record(root):
 
 
 @pytest.mark.processes
+def efficient(**changes):
+    return TrainRun("digits", network("efficientvit_test", "digits"), RECIPE, images=128, **changes)
+
+
+def test_a_network_of_convolutions_is_trained_and_found_again(root):
+    record = execute.ensure(efficient())
+    assert store.path(efficient()).name.startswith("digits-efficientvit-test-2-epochs-seed-0_")
+    assert run_of(record) == efficient()
+    found = evaluate(execute.trained(efficient()), execute.dataset("digits", 128).test)["accuracy"]
+    assert found == pytest.approx(record["metrics"]["test_accuracy"])
+    clear = execute.ensure(ClearRun(efficient().network, (1,), 1))
+    assert clear["metrics"]["parameters"] == cost.parameters(execute.trained(efficient()))
+
+
+def test_networks_of_convolutions_have_keys_and_names():
+    micro = network("efficientvit_micro_32", "cifar10")
+    assert of_network(micro) == "efficientvit_micro_32" and store.key(PrivateRun(micro)) == "461c5a3dd952964f"
+    assert of_network(network("efficientvit_b1", "imagenette")) == "efficientvit 16-32-64-128-256 64px"
+    assert len({store.key(PrivateRun(network("efficientvit_b1", data))) for data in ("cifar10", "cifar100")}) == 2
+    for make in (PrivateRun, ClearRun):
+        with pytest.raises(ValueError, match="alone is True: efficientvit_micro_32 has no layers of tokens"):
+            make(micro, alone=True)
+    with pytest.raises(ValueError, match="trained is of efficientvit_test, which has no L2Q: give a CCT or a ViT"):
+        LearnedRun(efficient())
+
+
+@pytest.mark.processes
+def test_a_network_of_convolutions_on_shares_is_on_record(root):
+    run = PrivateRun(preset("efficientvit_test"))
+    record = execute.ensure(run)
+    table = latency.operations({run: record})
+    assert set(table["method"]) == {"EfficientViT"}
+    counted = latency.estimated({"ours": run.network})
+    assert table["rounds"].sum() == counted["rounds"].sum() and table["bytes"].sum() == counted["bytes"].sum()
+    trained = EvaluationRun(efficient(), n=8)
+    metrics = execute.ensure(trained)["metrics"]
+    assert metrics["images"] == 8 and metrics["agreement"] >= 75  # of a network that has hardly learnt
+    assert run_of(store.find(trained)) == trained
+
+
 def test_trainings_side_by_side_are_those_one_after_the_other(root, monkeypatch, tmp_path_factory):
     """A teacher, its pupil and two searches of one first phase, in processes of their own; nothing is trained twice."""
     plain = run()
@@ -238,3 +290,16 @@ def test_workers_end_with_the_process_that_asked(tmp_path):
     assert workers
     assert not psutil.wait_procs(workers, 30)[1]
     assert list(tmp_path.rglob("checkpoint.pt"))
+
+
+@pytest.mark.processes
+def test_a_quantized_network_is_evaluated_on_shares(root):
+    run = QuantizationRun(efficient(), Quantization(bits_weights=8, images=64, reconstruction=False))
+    encrypted = EvaluationRun(run, n=4, batch=4)
+    metrics = execute.ensure(encrypted)["metrics"]
+    assert metrics["agreement"] >= 50 and metrics["weights"] == store.find(efficient())["metrics"]["weights"]
+    assert run_of(store.find(encrypted)) == encrypted and encrypted.label().startswith("digits efficientvit_test w8a8")
+    tabled = EvaluationRun(run, n=4, batch=4, tables=6, most=300)
+    fewer = execute.ensure(tabled)["metrics"]
+    assert fewer["rounds"] < metrics["rounds"] and run_of(store.find(tabled)) == tabled
+    assert store.key(EvaluationRun(efficient(), most=5)) == store.key(EvaluationRun(efficient()))

@@ -30,12 +30,20 @@ def records():
     }
 
 
+def said(config, recorded):
+    """A config without the fields that a record does not have."""
+    if not isinstance(recorded, dict):
+        return config
+    return {name: said(value, recorded[name]) for name, value in config.items() if name in recorded}
+
+
 def test_every_record_is_found_by_the_run_that_made_it(records):
     assert len(records) >= 394
     for name, record in records.items():
         run = run_of(record)
         assert f"{run.study}/{store.name(run)}" == name and store.key(run) == record["key"]
-        assert json.loads(json.dumps(dataclasses.asdict(run))) == record["config"]
+        # All of it, but for fields that came later, which then have their defaults.
+        assert said(json.loads(json.dumps(dataclasses.asdict(run))), record["config"]) == record["config"]
         assert store.find(run, "reference") == record
 
 

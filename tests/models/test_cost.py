@@ -67,6 +67,8 @@ COUNTED = {
     "MatMul": (operations.MatMul(), "same", 0, 2 * H * N * N * D),
     "Multiply": (operations.Multiply(), "same", H * N * D, 0),
     "Divide": (operations.Divide(), "column", H * N * D, 0),
+    "ShiftDivide": (operations.ShiftDivide(), "column", H * N * D, 0),
+    "Lookup": (operations.Lookup("relu", 8, 0.1), None, H * N * D, 0),
     "Exponential": (operations.Exponential(), None, H * N * D, 0),
     "SquaredNorm": (operations.SquaredNorm(), None, 2 * H * N * D, 0),
     "HeadLinear": (operations.HeadLinear(H, N, 3), None, 2 * H * 3 * N * D, 2 * H * 3 * N * D),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from salvit_core import EfficientViT, EfficientViTConfig, build, compat, config_of, cost, preset
+from salvit_core import EfficientViT, EfficientViTConfig, build, cli, compat, config_of, cost, preset
 from salvit_core import datasets as data
 from salvit_core.models.config import EFFICIENTVITS
-from salvit_core.models.efficientvit import LiteMSA
+from salvit_core.models.efficientvit import LiteMSA, load_published
 from salvit_core.models.graph import trace
 from salvit_core.models.operations import TokenSum
 from salvit_core.training import Recipe, train
@@ -63,8 +63,7 @@ def test_outputs_are_timms_with_its_weights(name):
             nn.init.normal_(module.running_mean, 0.0, 0.1)
             nn.init.uniform_(module.running_var, 0.05, 0.2)
     ours = build(preset(name, image=96)).eval()
-    given, taken = theirs.state_dict(), ours.state_dict()  # in the same order, that of the network
-    ours.load_state_dict(dict(zip(taken, given.values(), strict=True)))
+    load_published(ours, theirs.state_dict())
     images = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         expected = theirs(images)
@@ -186,3 +185,21 @@ def test_the_command_line_trains_it_without_a_method(tmp_path, capsys):
     build(config_of(said["config"])).load_state_dict(torch.load(tmp_path / "weights.pt"))
     with pytest.raises(SystemExit, match="error: efficientvit_test is an EfficientViT"):
         main([*words, "--method", "SA L2Q"])
+
+
+@pytest.mark.processes
+def test_the_command_line_runs_it_on_shares(tmp_path, capsys):
+    out = tmp_path / "run"
+    trained = ["train", "--preset", "efficientvit_test", "--data", "digits", "--epochs", "1", "--augment", "none"]
+    cli.main([*trained, "--device", "cpu", "--batch", "256", "--out", str(out)])
+    cli.main(["estimate", "--preset", "efficientvit_test"])
+    counted = capsys.readouterr().out
+    cli.main(["infer", "--preset", "efficientvit_test"])
+    said = capsys.readouterr().out
+    total = [line.split() for text in (counted, said) for line in text.splitlines() if line.startswith("total")]
+    assert total[0][1:3] == total[1][2:4]  # rounds and bytes, in front of which infer has seconds
+    cli.main(["evaluate", "--run", str(out), "--n", "8"])
+    assert "agreement: 100\n" in capsys.readouterr().out
+    for command in ("infer", "estimate"):
+        with pytest.raises(SystemExit, match="error: efficientvit_test is an EfficientViT, whose attention is its own"):
+            cli.main([command, "--preset", "efficientvit_test", "--method", "SA L2Q"])

@@ -53,6 +53,7 @@ PICTURES = {
         "efficient_attention_maps",
         "efficient_attention_map",
     ],
+    "07": ["quantization_bits", "bits_costs", "bits_lookup", "accelerator_roofline"],
     "08": [
         "replaced_accuracy",
         "replaced_channels",
@@ -83,6 +84,16 @@ TABLES = {
         "activation_cost",
     ],
     "06": ["efficient_attention", "table_2_complete", "efficient_resolution"],
+    "07": [
+        "quantization",
+        "bits_costs",
+        "bits_lookup",
+        "bits_divisors",
+        "bits_small_ring",
+        "bits_answers",
+        "bits_beside",
+        "accelerator",
+    ],
     "08": ["replaced_accuracy", "replaced_pruning", "replaced_costs", "replaced_seconds", "replaced_clear"],
 }
 
@@ -149,7 +160,7 @@ def test_the_projects_own_records_are_shown(root):
     reference = root / "data" / "reference"
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     runs = set((root / "data" / "runs").rglob("*"))
-    done = run(root, "00,01,02,03,04,05,06,08", "records=reference", "profile=reference")
+    done = run(root, "00,01,02,03,04,05,06,07,08", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs

@@ -1,6 +1,8 @@
 """Channels, identities, and who can take a party's place: nobody but who was told."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -22,6 +24,7 @@ from test_private_launch import PARTY, files, free_port, images, model, parties_
 from torch import nn
 
 from salvit_core import CCT, preset, private
+from salvit_core.private.interpreter import fingerprint
 from salvit_core.private.parties import dealer, forks, launch, party, rendezvous
 from salvit_core.private.transport import Channel, TransportError
 
@@ -200,6 +203,18 @@ def test_a_pickled_architecture_is_not_read(tmp_path):
         with pytest.raises(SystemExit):
             party.main([*words, f"--graph={tmp_path / name}"])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_2", "efficientvit_test"])
+def test_an_architecture_is_a_file_or_a_preset(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    graph, config = party.read_architecture(Path(name))
+    assert config == preset(name)
+    (tmp_path / name).write_text(json.dumps(dataclasses.asdict(preset(name, classes=3))))
+    others, changed = party.read_architecture(Path(name))  # a file of that name is a file
+    assert changed.classes == 3 and fingerprint(others) != fingerprint(graph)
+    with pytest.raises(party.PartyError, match="nothing"):
+        party.read_architecture(Path("nothing"))
 
 
 # Three processes by hand

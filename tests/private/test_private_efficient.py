@@ -24,6 +24,7 @@ from salvit_core.models.operations import (
     Gain,
     HeadLinear,
     LinearScan,
+    Lookup,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -32,6 +33,7 @@ from salvit_core.models.operations import (
     Resample,
     Reweight,
     SegmentMeans,
+    ShiftDivide,
     SquaredNorm,
     Sum,
     Take,
@@ -85,6 +87,7 @@ def stochastic(size, spread, seed=0):
 
 # Between two threads: module, inputs, and the bound on the error: a number, or a function of the clear result.
 DENOMINATORS = torch.logspace(-12, 6, 300, 2, dtype=torch.float64)[1:-1]
+OCTAVES = torch.exp2(torch.linspace(-7, 10, 60, dtype=torch.float64).round())[:, None]
 RATIOS = normal(298, seed=3).clamp(-3, 3)
 SIDES = normal(2, 3, 8, 4, scale=4), normal(2, 3, 8, 1, seed=1)
 
@@ -123,6 +126,21 @@ CASES = {
         for scale in (1.0, 0.05, 0.159, 20.0, 250.0)
     },
     "divide by a row's": (Divide(), (normal(2, 5, 8), uniform(2, 5, 1, seed=1) + 0.1), relative(1e-3)),
+    # Two columns of divisors between the knots, which lie at the odd multiples of half an octave.
+    "shift divide": (
+        ShiftDivide(),
+        (normal(60, 2, seed=5) * OCTAVES, OCTAVES * torch.tensor([0.8, 1.3])),
+        relative(0.0),
+    ),
+    "shift divide by few": (
+        ShiftDivide(-2, 3),
+        (normal(60, 1, seed=5) * OCTAVES.clamp(0.05, 20), OCTAVES.clamp(0.05, 20)),
+        relative(0.0),
+    ),
+    **{
+        f"lookup {name}": (Lookup(name, 9, 2.0**-5, 200), (torch.arange(-200, 300) / 2.0**5,), 2 * ULP)
+        for name in operations.TABLES
+    },
     "exponential of a row": (Exponential(1), (normal(64, 30, scale=8),), relative(2.2e-3)),
     "exponential of a long row": (Exponential(1), (normal(4, 700, scale=8),), relative(3.5e-3)),
     "exponential of a matrix": (Exponential(2), (normal(2, 3, 10, 7, scale=3),), relative(2.8e-3)),
@@ -277,6 +295,62 @@ def test_arithmetic_with_numbers():
         assert (opened(pair) - exact).abs().max() <= 2 * ULP
 
 
+@pytest.mark.parametrize("step, zero", [(2.0**-4, 100), (0.0371, 77), (1.7, 0)])
+def test_a_lookup_is_one_of_two_points_and_right_on_average(step, zero):
+    """At either point beside x, as often as x is near to it; beyond the grid at its end."""
+    module = Lookup("identity", 8, step, zero)
+    x = torch.linspace(-zero - 60, 255 - zero + 60, 1500, dtype=torch.float64) * step
+    shared, _, parties = privately(module, *[x], fine=9)
+    place = x / step + zero
+    below, above = (module.points(place.floor()), module.points(place.ceil()))
+    whole = (place - place.round()).abs() < 0.01  # the factor to the grid is rounded
+    assert ((shared - below).abs().minimum((shared - above).abs())[~whole] <= ULP).all()
+    inside = (x > -zero * step) & (x < (255 - zero) * step)
+    error = (shared - x)[inside] / step
+    assert error.mean().abs() < 5 * error.std() / inside.sum() ** 0.5 and error.abs().max() < 1.01
+    assert [party.rounds for party in parties] == [1, 1]
+
+
+@pytest.mark.parametrize("bits, spare", [(4, 0), (8, 1), (9, 2), (12, 1)])
+def test_what_a_lookup_costs(bits, spare):
+    count, session = 1000, shares.session
+    size = bits + spare
+    session.begin(SERVER)
+    session.recording = True
+    try:
+        session.tape.begin()
+        x = shares.Share(torch.empty(count, dtype=torch.int64, device="meta"), 13)
+        gates.lookup.lookup(Lookup("hardswish", bits, 2.0**-4, spare=spare), {}, x)
+        cost = session.tape.costs[0]
+    finally:
+        session.begin(SERVER)
+    assert (cost.rounds, cost.words, cost.offline) == (1, -(-count // (64 // size)), count << size)
+
+
+def test_numbers_of_few_bits_are_packed():
+    for bits in (1, 3, 9, 16):
+        x = torch.randint(1 << bits, (101,), generator=torch.Generator().manual_seed(bits))
+        words = gates.lookup.packed(x, bits)
+        assert len(words) == -(-101 // (64 // bits)) and torch.equal(gates.lookup.unpacked(words, bits, 101), x)
+
+
+def test_a_grid_without_a_place_in_the_ring_is_refused():
+    for step in (1e-15, 1e9):
+        with pytest.raises(ValueError, match="is too far from 2"):
+            privately(Lookup("relu", 8, step), ONES)
+    for options, said in [(("cube", 8, 0.1), "function 'cube' is unknown"), (("relu", 16, 0.1), "a table of 16 and 1")]:
+        with pytest.raises(ValueError, match=said):
+            Lookup(*options)
+    with pytest.raises(ValueError, match="step is 0.0: give a positive number"):
+        Lookup("relu", 8, 0.0)
+
+
+def test_a_shift_is_within_a_root_of_two():
+    b = torch.logspace(-6, 9, 999, 2, dtype=torch.float64)
+    ratio = ShiftDivide(eps=0.0)(b, b)
+    assert ratio.max() <= 2**0.5 + 1e-9 and ratio.min() >= 0.5**0.5 - 1e-9 and ratio.max() > 1.41
+
+
 ONES = torch.ones(4, 4)
 # Module, inputs within its range, inputs beyond it, and whether the shares' own check sees that.
 RANGES = {
@@ -285,6 +359,9 @@ RANGES = {
     "divide by little": (Divide(4.0), (ONES / 64, ONES / 512), (ONES / 64, ONES / 8192), False),
     "divide by too little": (Divide(), (ONES, ONES / 128), (ONES, ONES / 512), False),
     "divide nothing": (Divide(), (0 * ONES, 0 * ONES), (ONES, 0 * ONES), False),
+    "shift divide": (ShiftDivide(), (ONES, ONES * 2000), (ONES, ONES * 2100), False),
+    "lookup": (Lookup("relu", 6, 2.0**-3, 30), (-ONES * 7,), (-ONES * 8,), True),
+    "lookup, above": (Lookup("relu", 6, 2.0**-3, 30), (ONES * 8,), (ONES * 8.3,), True),
     "exponential": (Exponential(0), (-ONES * 117,), (ONES,), False),
     "exponential, far below": (Exponential(0), (-ONES * 117,), (-ONES * 150,), True),
     "exponential of a matrix": (Exponential(2), (torch.eye(4) * 117,), (torch.eye(4) * 140,), True),
@@ -305,12 +382,14 @@ def test_every_range_is_watched(name):
         assert [bool(party.violations) for party in parties] == [found, found]
 
 
-@pytest.mark.parametrize("name", ["newton", "pseudo", "divide", "exponential", "heads", "taps"])
+@pytest.mark.parametrize("name", ["newton", "pseudo", "divide", "shift", "lookup", "exponential", "heads", "taps"])
 def test_messages_look_random(name):
     module, inputs = {
         "newton": (NewtonInverse(), (gaussian_kernel(16, 0.2),)),
         "pseudo": (PseudoInverse(), (stochastic(16, 1.0),)),
         "divide": (Divide(), (ONES.repeat(20, 20), ONES.repeat(20, 20))),
+        "shift": (ShiftDivide(), (ONES.repeat(20, 20), ONES.repeat(20, 20))),
+        "lookup": (Lookup("gelu", 7, 2.0**-4, 60), (ONES.repeat(100, 60),)),
         "exponential": (Exponential(2), (ONES.repeat(20, 20),)),
         "heads": (HeadLinear(2, 64, 4), (torch.ones(1, 2, 64, 64),)),
         "taps": (TokenConv(2, 5), (torch.ones(1, 2, 64, 64),)),
@@ -339,6 +418,8 @@ class Pair(nn.Module):
 STOCK = {
     "multiply": (Pair(Multiply()), (2, 3, 5), 4.0, 0.0, 1e-3),
     "divide": (Pair(Divide()), (2, 3, 8), 1.0, 2.0, 1e-2),
+    "shift divide": (Pair(ShiftDivide()), (2, 3, 8), 1.0, 2.0, 1e-2),
+    **{f"lookup {name}": (Lookup(name, 9, 2.0**-7, 256), (2, 3, 5), 0.75, 0.0, 2.0**-7) for name in operations.TABLES},
     "exponential": (Exponential(0), (2, 5), 2.0, -2.0, 1e-2),
     "exponential of a row": (Exponential(1), (2, 3, 5), 2.0, 0.0, 1e-2),
     "exponential of a matrix": (Exponential(2), (2, 4, 5), 2.0, 0.0, 1e-2),

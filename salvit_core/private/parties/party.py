@@ -9,7 +9,7 @@
 
 The server listens on --meet for the client and the dealer on --dealer for both. Party 0, the server, alone reads the
 weights; party 1, the client, alone reads the images and alone learns the logits; party 2, the dealer, sees neither. The
-architecture is public: a configuration's JSON file.
+architecture is public: a configuration's JSON file, or a preset's name.
 
 On different machines --protocol tuned --provider TTP is needed, and an --identity of each party's own with the
 fingerprints of the others (--peer), so that nobody else can take a party's place (`rendezvous`).
@@ -34,7 +34,7 @@ import torch
 
 from ... import __version__, workspace
 from ...compat import without_compiler
-from ...models.config import TransformerConfig, config_of
+from ...models.config import EFFICIENTVITS, PRESETS, Network, config_of, preset
 from ...models.graph import trace
 from ...models.vit import build
 from .. import protocol_of
@@ -55,14 +55,15 @@ ALIKE = (
 )
 
 
-def read_architecture(path: Path) -> tuple[torch.fx.GraphModule, TransformerConfig]:
-    """The network's graph, and its configuration in JSON, which may come from anybody.
+def read_architecture(path: Path) -> tuple[torch.fx.GraphModule, Network]:
+    """The network's graph, and its configuration: a preset's name, or a file of JSON, which may come from anybody.
 
     Raises:
-        PartyError: the file is no configuration.
+        PartyError: it is neither a preset nor a file of a configuration.
     """
+    named = str(path) in PRESETS | EFFICIENTVITS and not path.exists()
     try:
-        config = config_of(json.loads(_plain(path).read_text()))
+        config = preset(str(path)) if named else config_of(json.loads(_plain(path).read_text()))
         with torch.device("meta"):
             return trace(build(config)), config
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -117,7 +118,7 @@ def _read(path: Path, expected: str) -> Any:
         raise PartyError(f"{path.name} does not hold {expected} that torch.save wrote: {_line(error)[:200]}") from error
 
 
-def read_images(path: Path, config: TransformerConfig | None) -> torch.Tensor:
+def read_images(path: Path, config: Network | None) -> torch.Tensor:
     """The client's images, refused if fixed point cannot hold them or the network cannot read them."""
     images = _read(path, "a tensor of images")
     if problem := image_problem(images, config):
@@ -318,7 +319,8 @@ def _parse(argv: list[str] | None, launched: bool) -> argparse.Namespace:
         "--peer", type=_peer, action="append", metavar="ROLE=FINGERPRINT", help="another party's, as it told you"
     )
     parser.add_argument("--tunnel", action="store_true", help="stock: --meet is reached through an encrypted tunnel")
-    parser.add_argument("--architecture", type=Path, help="server, client: the public architecture, in JSON")
+    architecture = "server, client: the public architecture, a configuration in JSON or a preset's name"
+    parser.add_argument("--architecture", type=Path, help=architecture)
     parser.add_argument("--weights", type=Path, help="server: a state dict")
     parser.add_argument("--images", type=Path, help="client: a tensor (B, C, height, width)")
     parser.add_argument("--result", type=Path, help="client: where to write logits and costs")

@@ -22,6 +22,7 @@ from ...models.operations import (
     Gain,
     HeadLinear,
     LinearScan,
+    Lookup,
     MatMul,
     Multiply,
     NewtonInverse,
@@ -30,6 +31,7 @@ from ...models.operations import (
     Resample,
     Reweight,
     SegmentMeans,
+    ShiftDivide,
     SquaredNorm,
     Sum,
     Take,
@@ -61,11 +63,12 @@ from .gates.activations import (
 )
 from .gates.answer import answer
 from .gates.curve import check, gelu, gelu_domain
-from .gates.divide import divide, divide_domain
+from .gates.divide import divide, divide_domain, shift_divide, shift_divide_domain
 from .gates.exponential import exponential, exponential_domain
 from .gates.inverse import newton_inverse, newton_inverse_domain, pseudo_inverse, pseudo_inverse_domain
 from .gates.layernorm import layer_norm, layer_norm_domain
 from .gates.linear import conv2d, gain, head_linear, linear, token_conv
+from .gates.lookup import lookup, lookup_domain
 from .gates.lstm import block_linear, lstm, lstm_domain, scan
 from .gates.maximum import max_pool2d, max_pool2d_domain, relu, relu_domain
 from .gates.move import cat, identity, layout, moved, pad, reweight, segment_means
@@ -92,6 +95,8 @@ MODULES: dict[type, Callable] = {
     MatMul: matmul,
     Multiply: times,
     Divide: divide,
+    ShiftDivide: shift_divide,
+    Lookup: lookup,
     Exponential: exponential,
     SquaredNorm: squared_norm,
     HeadLinear: head_linear,
@@ -172,6 +177,8 @@ DOMAINS: dict[type, Callable[..., list[Span]]] = {
     L2Q: l2q_domain,
     L1: l1_domain,
     Divide: divide_domain,
+    ShiftDivide: shift_divide_domain,
+    Lookup: lookup_domain,
     Exponential: exponential_domain,
     LSTM: lstm_domain,
     NewtonInverse: newton_inverse_domain,

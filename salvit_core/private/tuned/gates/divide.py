@@ -5,13 +5,13 @@ import math
 
 import torch
 
-from ....models.operations import Divide
+from ....models.operations import Divide, ShiftDivide
 from ...domains import Span, spans, within_octaves
 from ..arithmetic.polynomials import Polynomials, fitted
 from ..arithmetic.randomness import Dealing, correlation
 from ..arithmetic.share import Share, Weight, session
-from .compare import segments
-from .curve import check, evaluate, powers_supply
+from .compare import DIGIT, segments
+from .curve import check, evaluate, piecewise, powers_supply
 from .power import octave_window
 from .product import entered, multiply
 from .truncate import truncate
@@ -112,4 +112,45 @@ def divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> list[Span
         spans("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
         + spans("quotients", a / b, (-(2.0**8), 2.0**8))
         + within_octaves("scaled denominators that count", units.masked_fill(small, 0), QUOTIENT, zeros=True)
+    )
+
+
+@functools.cache
+def _shifts(least: int, most: int, bits: int) -> Polynomials:
+    """2^-y, with `most` fractional bits, between knots at 2^(y + 1/2)."""
+    knots = [2.0 ** (y + 0.5) for y in range(least, most)]
+    return Polynomials(knots, [(0.0, [2.0**-y]) for y in range(least, most + 1)], bits, max(0, most))
+
+
+def shift_divide(module: ShiftDivide, secret: dict, numerator: Share | Weight, denominator: Share | Weight) -> Share:
+    """Quotients a / 2^y: which of the exponents is b's is as secret as b is, so that the shift becomes a product.
+
+    Five rounds, six for many numbers: three find the power of two, by a knot between every two exponents, one
+    multiplies, and one or two truncate. With J = most - least and k digits: a word and J (2 k - 1) bits per
+    denominator, and what `divide` has per quotient. `divide` takes twelve rounds: it looks up b's octave as this does,
+    and spends seven more on what this leaves out.
+
+    Functionality:
+        Inputs: Both shared.
+        Output: a / 2^y, shared, truncated exactly; nearer than 2^(least - 5) to a knot, either neighbour's.
+        Opened: b and a less their masks, masked bits, to both; by `truncate`, a masked word.
+        Simulator: uniform words and bits.
+        Failure: 2^-34 a number of either.
+    """
+    b = entered(denominator).settle()
+    b = b.to(max(min(b.bits, 2 * session.bits), session.bits)) + module.eps
+    b = Share(b.data << max(0, 5 - module.least - b.bits), max(b.bits, 5 - module.least))
+    lowest = b.bits + module.least - 5  # the bits below are a 45th of the first knot
+    digits = -(-(b.bits + module.most + 3 - lowest) // DIGIT)  # four times the largest divisor
+    power = piecewise(b, _shifts(module.least, module.most, b.bits), lowest, digits)
+    a = entered(numerator).settle()
+    a = a.to(min(a.bits, session.bits + 4))
+    return truncate(multiply(a, power), session.bits)
+
+
+def shift_divide_domain(module: ShiftDivide, a: torch.Tensor, b: torch.Tensor) -> list[Span]:
+    """The window of denominators, and what the product has room for."""
+    a, b = torch.broadcast_tensors(a, b)
+    return spans("denominators", b + module.eps, (0.0, 2.0 ** (module.most + 2))) + spans(
+        "quotients", module(a, b), (-(2.0**15), 2.0**15)
     )
