@@ -97,8 +97,9 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
 
     Returns:
         Indexed by the search's name and seed: B, chosen, rank, of (how many assignments have this budget), regret (%,
-            the best mean less that of the chosen one), of a random choice (the mean regret), worst (the largest), and
-            tau, Kendall's rank correlation of the sum of an assignment's alphas with its accuracy, over all.
+            the best mean less that of the chosen one), of a random choice (the mean regret), worst (the largest), tau,
+            Kendall's rank correlation of the sum of an assignment's alphas with its accuracy over all, and validation
+            accuracies (%): of the mixture at its end, and of what was extracted from it after one epoch.
     """
     rows = []
     for name, run in named(profile(profile_name), data):
@@ -113,7 +114,9 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
             regret = rivals.max() - rivals
             row = dict(search=name, seed=run.seed, B=chosen.count("S"), chosen=chosen)
             row |= {"rank": table["rank"].get(chosen), "of": len(rivals), "regret": regret.get(chosen)}
-            rows.append(row | {"random": regret.mean(), "worst": regret.max(), "tau": tau})
+            row |= {"random": regret.mean(), "worst": regret.max(), "tau": tau}
+            row |= {"mixture": record["metrics"]["nas"][-1]["validation_accuracy"]}
+            rows.append(row | {"extracted": record["history"][0]["validation_accuracy"]})
     return pd.DataFrame(rows).set_index(["search", "seed"])
 
 
