@@ -390,8 +390,8 @@ OPTIONS = {
     "replace downstream": "run data root image device out seed epochs batch-size lr augment reprob drop-path head-only "
     "nonsense",
     "replace visualize": "run data root n block out nonsense",
-    "study": "profile records only set timeout notebooks nonsense",
-    "evidence": "profile most minutes nonsense",
+    "study": "profile records only set timeout notebooks engine nonsense",
+    "evidence": "profile most minutes engine nonsense",
     "infer": "run preset method data root n batch protocol provider reveal timeout out nonsense",
     "evaluate": "run preset method data root n batch protocol provider out nonsense",
     "quantize": "model weights run data data-path image test-before test-images out device bits-weights "

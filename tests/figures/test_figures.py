@@ -66,6 +66,7 @@ TABLES = {
         {"complete": [1.0, 0.6], "without_layernorm": [1.0, 0.5], "paper": [1.0, np.nan]}, index=["SA", "EA"]
     ),
     "normalizer_curves": long(normalizer=["softmax", "l2q"], score=[-1.0, 1.0], weight=[0.5]),
+    "accuracy_by_bits": long(bits=["W8", "W4"], variant=["a", "b"], accuracy=[50.0], lowest=[49.0], highest=[51.0]),
     "accuracy_by_variant": long(dataset=["one", "two"], variant=["a", "b"], seed=[0, 1], accuracy=[80.0]),
     "trajectories": long(search=["SAS"], layer=[1, 2], epoch=[0, 1], alpha=[0.1]),
     "parameter_ranges": long(
