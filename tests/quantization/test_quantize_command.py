@@ -106,7 +106,7 @@ def test_one_of_our_trainings(preset, blocks, tmp_path, capsys):
     assert found["data"] == "digits" and len(found["history"]) == 2 * blocks
     if preset == "efficientvit_test":
         assert found["accuracy"]["float"] > 60
-    with pytest.raises(SystemExit, match="result.json is another result, by its images and options: give another --out"):
+    with pytest.raises(SystemExit, match="is another result, by its images and options: give another --out"):
         cli.main([*words.split(), "--seed", "1"])
 
 

@@ -36,6 +36,17 @@ def _inverse(bits: int, extra: int) -> Polynomials:
     return Polynomials([], fitted(lambda v: 1 / v, [1.0, 2.0], 5, extra), bits, extra)
 
 
+def inverse_error() -> float:
+    """The largest relative error of `reciprocal`, within its octaves and but for the last truncation.
+
+    That is of the quintic at every v of `INVERSE_BITS` bits, for whatever is truncated to it: less than a step away.
+    """
+    inverse = _inverse(INVERSE_BITS, 59 - 5 * INVERSE_BITS)
+    units = torch.arange(1 << INVERSE_BITS, 2 << INVERSE_BITS).double()
+    y = sum(c * units**m for m, c in enumerate(inverse.base)) / 2.0**inverse.bits
+    return max(float((y * (units + off) / 2.0**INVERSE_BITS - 1).abs().max()) for off in (-1, 1))
+
+
 @correlation("powers")
 def deal_powers(deal: Dealing, count: int, degree: int):
     """A mask r and its powers up to r^degree."""
