@@ -34,8 +34,8 @@ from .runs import EvaluationRun, QuantizationRun, TrainRun, network
 SOFTMAX, LINEAR = "CCT, softmax", "EfficientViT"
 TABLES = 8  # bits of what activation functions read, where they are tables; a spare one makes tables of 2^9 words
 # Numbers of an image up to which an activation function is a table, where only the cheap ones are: so many are dealt
-# on `WAN` in the time of the rounds that they save.
-FEW = 880
+# on `WAN` in the time of the three rounds that they save.
+FEW = 660
 SHIFTED, ALL_TABLES = "W8 or W4, log2 divisor", f"and all functions as tables of {TABLES} bits"
 WAN = LINKS["WAN (Cheetah)"]
 SMALL = 32  # bits of the smaller ring

@@ -104,8 +104,11 @@ def test_the_conclusions_on_gates_are_the_tables(conclusions):
     assert f"sends {looked['dealer_bytes']:,.0f} bytes a number where the curve takes {curve['dealer_bytes']:.0f}" in (
         conclusions
     )
-    pays = 4 * bits_on_shares.WAN.rtt / 2 / ((looked["wan_us"] - curve["wan_us"]) / 1e6)
-    assert round(pays) == bits_on_shares.FEW and f"pay for some {pays:.0f} numbers" in conclusions
+    curve, looked = bits_on_shares.functions((9,), bits_on_shares.FEW).to_dict("records")
+    saved = curve["rounds"] - looked["rounds"]
+    pays = saved * bits_on_shares.WAN.rtt / 2 / ((looked["wan_us"] - curve["wan_us"]) / 1e6)
+    assert saved == 3 and round(pays, -1) == bits_on_shares.FEW
+    assert f"a table saves three, which at $K = 9$ pay for some {bits_on_shares.FEW} numbers" in conclusions
     divisions = bits_on_shares.divisors()
     rounds = divisions["rounds"]
     assert f"takes {rounds['log2 divisor']} rounds where a reciprocal takes {rounds['reciprocal']}" in conclusions
