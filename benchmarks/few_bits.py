@@ -1,6 +1,6 @@
 """Encrypted evaluations of notebook 07 on record, and its products timed: for a quiet machine.
 
-python benchmarks/few_bits.py [NAME ...]    # of "float", "W8A8", "W4A8", "W8A8, tables of 8 bits", "CCT, softmax"
+python benchmarks/few_bits.py [NAME ...]    # names of `bits_on_shares.evaluations`, such as "W8, log2"
 
 Needs the micro network's training in data/runs/training, record and weights; quantizes where that is missing.
 """

@@ -524,7 +524,7 @@ def _evaluate(run: EvaluationRun) -> dict:
 
     data = dataset(run.trained.data)
     if isinstance(run.trained, QuantizationRun):
-        model = shares.on_shares(quantized(run.trained))
+        model = shares.on_shares(quantized(run.trained), run.quantizers)
         weights = {"weights": ensure(run.trained)["metrics"]["weights"]}
     else:
         model = trained(run.trained)

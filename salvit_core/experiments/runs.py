@@ -338,6 +338,7 @@ class EvaluationRun(Checked):
         bits: as in `private.infer`.
         tables: bits of what activation functions read, each a table of its own (`quantization.shares.tabulated`).
         most: numbers of an image that such a function reads at most; others stay as they are.
+        quantizers: of a quantized network, keep those of activations, each as a table (`shares.on_shares`).
     """
 
     study: ClassVar[str] = "encrypted"
@@ -350,10 +351,12 @@ class EvaluationRun(Checked):
     bits: int | None = None
     tables: Annotated[int, Range(1, 14)] | None = None
     most: Count | None = None
+    quantizers: bool = False
 
     def ignored(self) -> set[str]:
         """The fields that the result does not depend on."""
-        return set() if self.tables else {"most"}
+        kept = isinstance(self.trained, QuantizationRun)
+        return (set() if self.tables else {"most"}) | (set() if kept else {"quantizers"})
 
     @property
     def seed(self) -> int:
@@ -364,6 +367,7 @@ class EvaluationRun(Checked):
         """The training, the protocol, how many images."""
         bits = "" if self.bits is None else f" {self.bits} bits"
         bits += f" tables of {self.tables} bits" if self.tables else ""
+        bits += " quantizers" if self.quantizers else ""
         return f"{self.trained.label()} {self.protocol}{bits} {self.n} images"
 
 

@@ -20,7 +20,7 @@ from ..fields import Checked, CountOrNone, Size
 from ..models.config import EFFICIENTVITS, config_of, preset
 from ..models.efficientvit import load_published
 from ..models.vit import build
-from ..training.checkpoint import load_weights, loaded
+from ..training.checkpoint import digest, load_weights, loaded
 from ..training.evaluation import evaluate
 from .engine import STAGES, Quantization, drawn, quantize, save
 
@@ -57,7 +57,7 @@ class Command(Checked):
     """Test images, drawn with seed 0; 0: all."""
     out: Path | None = None
     """Folder of quantized.pt, result.json and progress. Default: data/runs/quantizations/ in the workspace, and a name
-    made of the options."""
+    made of the network, its weights and the options."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to compute on."""
     options: tyro.conf.OmitArgPrefixes[Quantization] = dataclasses.field(default_factory=Quantization)
@@ -112,8 +112,9 @@ def trained(command: Command) -> tuple[nn.Module, str, str]:
             f"trained weights {weights} are missing: put them there, or name others with --weights or --run"
         )
     state = loaded(weights, "a file of weights")
-    tensors = list(state.get("state_dict", state).values()) if isinstance(state, dict) else []
-    if not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
+    held = state.get("state_dict", state) if isinstance(state, dict) else None
+    tensors = list(held.values()) if isinstance(held, dict) else []
+    if not tensors or not all(isinstance(each, torch.Tensor) for each in tensors) or not tensors[-1].numel():
         raise ValueError(f"{weights} is not a file of weights: name another")
     model = build(preset(**fields, classes=tensors[-1].numel()))  # the last is the classifier's bias
     try:
@@ -127,12 +128,13 @@ def run(command: Command) -> None:
     """Do it, and say the accuracy of each stage.
 
     Raises:
-        ValueError: a value that is unknown or does not fit, images that do not fit the network.
+        ValueError: a value that is unknown or does not fit, images that do not fit the network, a folder that holds
+            another result.
         OSError: images that are not there, or no room.
     """
     model, name, data = trained(command)
     options, side, device = command.options, model.config.image, command.device
-    out = command.out or workspace.ROOT / "data" / "runs" / "quantizations" / _called(name, data, options)
+    out = command.out or workspace.ROOT / "data" / "runs" / "quantizations" / _called(model, name, data, options)
     for file in ("quantized.pt", "result.json"):
         workspace.try_out(out / file)
     if data == "imagenet":
@@ -154,6 +156,10 @@ def run(command: Command) -> None:
         def tested():
             return [test]
 
+    said = {"model": name, "data": data, "options": dataclasses.asdict(options), "torch": torch.__version__}
+    said |= {"weights": digest(*model.state_dict().values()), "images": digest(images)}
+    _same(out / "result.json", said)
+
     def accuracy(network: nn.Module) -> float:
         right = count = 0.0
         for piece in tested():
@@ -163,10 +169,9 @@ def run(command: Command) -> None:
 
     stages = [stage for stage in STAGES if stage != "nearest" or command.test_before]
     made = quantize(model.to(device), images, options, accuracy, out, say=_say, stages=stages)
-    save(made["network"].cpu(), options, out / "quantized.pt")
     accuracies = {stage: made[stage] for stage in stages if stage in made}
-    result = {"model": name, "data": data, "options": dataclasses.asdict(options), "torch": torch.__version__}
-    workspace.write_json(out / "result.json", result | {"accuracy": accuracies, "history": made["history"]})
+    workspace.write_json(out / "result.json", said | {"accuracy": accuracies, "history": made["history"]})
+    save(made["network"].cpu(), options, out / "quantized.pt")
     for progress in ("weights.pt", "activations.pt"):
         (out / progress).unlink(missing_ok=True)
     print(f"quantized network: {out / 'quantized.pt'}")
@@ -185,11 +190,25 @@ def _say(stage: str, accuracy: float) -> None:
     print(f"accuracy {accuracy:6.2f} %  {WORDS[stage]}", flush=True)
 
 
-def _called(name: str, data: str, options: Quantization) -> str:
+def _same(path: Path, said: dict) -> None:
+    """Refuses a result of another network, other images or options, which would be overwritten."""
+    if not path.is_file():
+        return
+    try:
+        there = json.loads(path.read_text())
+        other = [name for name in ("weights", "images", "options") if there.get(name) != said[name]]
+    except (ValueError, AttributeError):
+        other = ["content"]
+    if other:
+        raise ValueError(f"{path} is another result, by its {' and '.join(other)}: give another --out, or delete it")
+
+
+def _called(model: nn.Module, name: str, data: str, options: Quantization) -> str:
     bits = f"w{options.bits_weights}" + (f"a{options.bits_activations}" if options.activations else "")
     changed = [
         f"{field.name}-{getattr(options, field.name)}"
         for field in dataclasses.fields(options)
         if getattr(options, field.name) != field.default and field.name not in NAMED
     ]
-    return "-".join([name, data, bits, *changed]).replace("_", "-")
+    weights = digest(*model.state_dict().values())
+    return "-".join([name, weights, data, f"{model.config.image}px", bits, *changed]).replace("_", "-")

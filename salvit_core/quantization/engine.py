@@ -7,7 +7,8 @@
 2. `learn_weights`: block by block, each weight is rounded up or down so that the block's output stays that of the
    network in float (AdaRound, Nagel et al., 2020), given what the blocks before make of it, quantized as they are
    (BRECQ, Li et al., 2021).
-3. `learn_activations`: block by block again, the steps of what the layers read, by the same measure.
+3. `learn_activations`: block by block again, the steps of what the layers read, by the same measure. Outside an
+   EfficientViT a block is one layer: the steps of products of activations are searched there, not learnt.
 
 After every block all is on disk, if asked for, and a run that was killed goes on after the last one.
 
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from .. import workspace
 from ..datasets import Split
 from ..fields import Checked, Count, Positive, Range, Seed, Weight
-from ..models.config import config_of
+from ..models.config import Network, config_of
 from ..models.efficientvit import EfficientViT
 from ..models.foreign import adopt
 from ..models.graph import trace
@@ -143,17 +144,22 @@ def prepared(model: nn.Module, images: torch.Tensor, options: Quantization) -> t
     Raises:
         ValueError: a network that cannot be read, or that has nothing to quantize.
     """
+    config = getattr(model, "config", None)
+    ours = isinstance(config, Network)  # others' networks have configurations too
     if isinstance(model, EfficientViT):
         plain = folded(model)
     else:
-        plain = trace(model) if hasattr(model, "config") else adopt(model, images[:2])
+        plain = trace(model) if ours else adopt(model, images[:2])
     plain = plain.eval().requires_grad_(False)
     layers = computing(plain, images[:1])
     migrated, shifted = evened(layers)
     migrated, shifted = migrated if options.migration else [], shifted if options.shift else []
     evening = {name: {"factor": migration(_read(plain, name, images))} for name in migrated}
     evening |= {name: {"offset": shift(_read(plain, name, images))} for name in shifted}
-    return plain, _quantized(plain, layers, evening, options)
+    network = _quantized(plain, layers, evening, options)
+    if ours:
+        network.config = config  # a graph has none of its own, and a file needs it (`save`)
+    return plain, network
 
 
 def _quantized(plain: nn.Module, layers: dict, evening: dict[str, dict], options: Quantization) -> nn.Module:
@@ -217,10 +223,11 @@ def _read(network: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
     return _captured(network, name, images, result=False)
 
 
-def _distance(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _distance(block: nn.Module, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Squared error, summed over channels, its mean over images and places."""
     error = (made - wanted).square()
-    return error.sum(1 if error.dim() == 4 else -1).mean()
+    linear = isinstance(block, QuantizedLayer) and block.convolution is None  # its channels are last, as in a token
+    return error.sum(1 if error.dim() == 4 and not linear else -1).mean()
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
@@ -253,7 +260,7 @@ def reconstruct_weights(
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings], options.lr)
     warm = WARM * options.iterations
     for step, drawn in enumerate(_batches(len(inputs), options.batch, options.iterations, seed)):
-        loss = _distance(block(inputs[drawn]), wanted[drawn])
+        loss = _distance(block, block(inputs[drawn]), wanted[drawn])
         if step >= warm and options.regulariser:
             part = (step - warm) / (options.iterations - warm)
             beta = BETAS[0] + (BETAS[1] - BETAS[0]) * part
@@ -302,7 +309,7 @@ def reconstruct_activations(
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations_activations)
         for drawn in _batches(len(inputs), options.batch, options.iterations_activations, seed):
-            loss = _distance(block(inputs[drawn]), wanted[drawn])
+            loss = _distance(block, block(inputs[drawn]), wanted[drawn])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -317,7 +324,7 @@ def reconstruct_activations(
 
 def _error(block: nn.Module, inputs: torch.Tensor, wanted: torch.Tensor) -> float:
     parts = zip(inputs.split(AT_A_TIME), wanted.split(AT_A_TIME), strict=True)
-    return sum(float(_distance(block(x), y)) * len(x) for x, y in parts) / len(inputs)
+    return sum(float(_distance(block, block(x), y)) * len(x) for x, y in parts) / len(inputs)
 
 
 # From block to block, and on disk
@@ -374,7 +381,10 @@ def learn_weights(
 def learn_activations(
     plain: nn.Module, network: nn.Module, images: torch.Tensor, options: Quantization, path: Path | None = None
 ) -> list[dict]:
-    """Step 3: the steps of all activations, block by block, and quantization of activations on.
+    """Step 3: the steps of all that blocks read inside, block by block, and quantization of activations on.
+
+    In an EfficientViT these are all activations. In other networks products of activations lie between the blocks,
+    which are layers: their steps stay as the search finds them.
 
     Args, returns, raises: as `learn_weights`, after which it is called.
     """
@@ -456,7 +466,7 @@ def save(network: nn.Module, options: Quantization, path: Path) -> None:
         OSError: as `workspace.write`.
     """
     config = getattr(network, "config", None)
-    if config is None:
+    if not isinstance(config, Network):
         raise ValueError("only networks that have a configuration can be saved: keep the Python object")
     plain = {"config": dataclasses.asdict(config), "options": dataclasses.asdict(options)}
     content = {**plain, "model": network.state_dict()}

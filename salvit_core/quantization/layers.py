@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..models.efficientvit import LiteMSA
 from ..models.operations import MatMul
-from .quantizers import Quantizer, Rounding, log2_divisor, searched
+from .quantizers import Quantizer, Rounding, log2_divisor, sampled, searched
 
 LEAST, MOST = 0.1, 64.0  # of the factors of channel-wise migration
 QUANTILE = 0.99
@@ -228,8 +228,7 @@ def migration(x: torch.Tensor) -> torch.Tensor:
         (C,)
     """
     most = x.abs().amax((0, 2, 3))  # (C,)
-    entries = x.flatten()
-    quantile = torch.quantile(entries[:: -(-len(entries) // ENTRIES)], QUANTILE)
+    quantile = torch.quantile(sampled(x.reshape(1, -1), ENTRIES), QUANTILE)
     scale = torch.maximum(quantile, most.mean()).clamp(min=torch.finfo(x.dtype).tiny)
     return (most / scale).clamp(LEAST, MOST)
 

@@ -18,13 +18,24 @@ def nearest(x: torch.Tensor) -> torch.Tensor:
     return x + (x.round() - x).detach()
 
 
+def sampled(x: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many entries of each row of (rows, entries), drawn with a fixed seed.
+
+    Evenly spaced ones would not do: a stride that divides a picture's width sees its border alone.
+    """
+    if x.shape[1] <= most:
+        return x
+    drawn = torch.randint(x.shape[1], (most,), generator=torch.Generator().manual_seed(0))
+    return x[:, drawn.to(x.device)]
+
+
 def searched(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Step and zero point of each row's grid: the range is narrowed by 1 % at a time, and the one of least error kept.
 
     The error is the mean of |x - q(x)|^2.4. Zero is in every range, so that what pads a picture is on the grid.
 
     Args:
-        x: (rows, entries); more entries than `SAMPLE` are thinned out for the error, evenly.
+        x: (rows, entries); of more entries than `SAMPLE` the error is that of a sample.
         bits: of the grid, which has 2^bits points.
 
     Returns:
@@ -32,7 +43,7 @@ def searched(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     top = 2**bits - 1
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)  # (rows, 1)
-    x = x[:, :: max(1, x.shape[1] // SAMPLE)]
+    x = sampled(x, SAMPLE)
     best = torch.full_like(low, torch.inf)
     step, zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in range(SHRINKS):

@@ -62,8 +62,9 @@ def on_shares(network: nn.Module, quantizers: bool = False) -> nn.Module:
 
     Args:
         network: from `engine.quantize`, or a file (`engine.load`).
-        quantizers: keep those of activations, each as a table: the same function as the network. Otherwise they are
-            left out, and migration and shift, which are for them, with them.
+        quantizers: keep those of activations, each as a table: in the clear the same function as the network; on shares
+            a table rounds to either neighbour, not to the nearest. Otherwise they are left out, and migration and
+            shift, which are for them, with them.
 
     Raises:
         ValueError: another network.
@@ -132,6 +133,8 @@ def tabulated(
     """A network's graph with a table in place of each activation function, whose input is rounded to `bits` for it.
 
     The grid reaches from the least to the most that the function reads of these images; what is beyond it is clamped.
+    Its step and zero are part of the architecture, which the client is told: so it learns these two of every function's
+    activations over the provider's images.
 
     Args:
         model: any that `foreign.adopt` reads; its batch norms are folded, it is not changed.
@@ -140,6 +143,9 @@ def tabulated(
         spare: as in `operations.Lookup`.
         most: of the numbers of an image that a function reads: others stay, since a table costs 2^(bits + spare) words
             a number.
+
+    Raises:
+        ValueError: bits + spare above 16, or a network that cannot be read.
     """
     graph = read(model, images, unknown)
     watch = _Watching(graph)

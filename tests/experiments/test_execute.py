@@ -302,4 +302,8 @@ def test_a_quantized_network_is_evaluated_on_shares(root):
     tabled = EvaluationRun(run, n=4, batch=4, tables=6, most=300)
     fewer = execute.ensure(tabled)["metrics"]
     assert fewer["rounds"] < metrics["rounds"] and run_of(store.find(tabled)) == tabled
-    assert store.key(EvaluationRun(efficient(), most=5)) == store.key(EvaluationRun(efficient()))
+    gridded = EvaluationRun(run, n=4, batch=4, quantizers=True)
+    more = execute.ensure(gridded)["metrics"]
+    assert more["rounds"] > metrics["rounds"] and run_of(store.find(gridded)) == gridded
+    assert more["largest_error"] < 0.1 and gridded.label().endswith("quantizers 4 images")
+    assert store.key(EvaluationRun(efficient(), most=5, quantizers=True)) == store.key(EvaluationRun(efficient()))

@@ -196,6 +196,14 @@ def test_shares_against_clear_text(name):
     assert (clear.abs() / bound).max() > 30
 
 
+def test_a_shift_keeps_the_bits_of_the_numerator():
+    """Those of a product that was not truncated: by 2^-10 one divides what lies a thousand times below a step."""
+    divisors = torch.exp2(torch.arange(-10, 6).double()).repeat(20)[:, None] * 1.1
+    inputs = normal(320, 3, seed=6) * divisors, divisors
+    shared, clear, _ = privately(ShiftDivide(-10, 5, eps=0.0), *inputs, fine=13)
+    assert (shared - clear).abs().max() <= 2 * ULP
+
+
 def test_cases_cover_the_operations():
     used = {type(module) for module, _, _ in CASES.values()} | {MatMul, NewtonInverse, PseudoInverse}
     assert {kind for kind in known() if kind.__module__ == operations.__name__} == used

@@ -277,7 +277,7 @@ def test_stages_are_measured_in_order(trained, images, few_digits):
     )
     assert [stage for stage, _ in said] == list(engine.STAGES) and all(found[stage] == value for stage, value in said)
     assert found["float"] == evaluate(trained, few_digits.test)["accuracy"] > 60
-    assert found["activations"] > found["float"] - 5  # 8 bits cost little
+    assert found["activations"] > found["float"] - 2  # 8 bits cost little
     some = quantize(trained, images, BASE, measure=lambda network: 1, stages=("weights",))
     assert "weights" in some and "float" not in some and "activations" not in some
 
@@ -352,8 +352,16 @@ def test_saved_and_loaded_it_answers_the_same(base, images, tmp_path):
 # Other networks
 
 
+def test_the_error_of_a_linear_layer_sums_over_what_is_last():
+    """Whatever the shape of what it reads: (B, height, width, C) is not (B, C, height, width)."""
+    layer = QuantizedLayer(nn.Linear(4, 7), 8, 8)
+    made = torch.ones(2, 3, 5, 7)
+    assert engine._distance(layer, made, 0 * made) == 7
+    assert engine._distance(QuantizedLayer(nn.Conv2d(4, 3, 1), 8, 8), made, 0 * made) == 3
+
+
 @pytest.mark.parametrize("name", ["cct_2_3x1", "vit_2"])
-def test_our_transformers_are_quantized_layer_by_layer(name, images):
+def test_our_transformers_are_quantized_layer_by_layer(name, images, tmp_path):
     torch.manual_seed(0)
     model = build(preset(name, "SA softmax")).eval()
     options = Quantization(bits_weights=8, bits_activations=8, **FEW)
@@ -361,10 +369,16 @@ def test_our_transformers_are_quantized_layer_by_layer(name, images):
     names = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert len(list(layers.layers_of(found["network"]))) == len(names)
     products = [module for module in found["network"].modules() if isinstance(module, layers.QuantizedProduct)]
-    assert len(products) >= 4 and all(operand.fitted for product in products for operand in product.operands)
+    operands = [operand for product in products for operand in product.operands]
+    assert len(products) >= 4 and all(operand.fitted for operand in operands)  # searched; learnt in layers alone
     with torch.inference_mode():
         wanted, made = model(images), found["network"](images)
     assert 0 < (made - wanted).abs().max() < 0.1 * wanted.abs().max()
+    save(found["network"], options, tmp_path / "quantized.pt")
+    again, _ = load(tmp_path / "quantized.pt")
+    assert again.config == model.config
+    with torch.inference_mode():
+        assert torch.equal(again(images), made)
     if name.startswith("cct"):
         assert isinstance(model, CCT)
 
@@ -392,6 +406,22 @@ def test_a_network_that_others_wrote_is_adopted():
     assert 0 < (made - wanted).abs().max() < 0.05 * wanted.abs().max()
     with pytest.raises(ValueError, match="only networks that have a configuration can be saved"):
         save(found["network"], options, "nowhere.pt")
+
+
+def test_a_configuration_of_others_makes_no_network_ours():
+    """Their batch norms are folded all the same."""
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"image": 8}
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+    found = quantize(Other().eval(), torch.randn(4, 3, 8, 8), Quantization(reconstruction=False))
+    assert not [each for each in found["network"].modules() if isinstance(each, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from salvit_core import build, cli, preset, workspace
 from salvit_core.options import parsed
 from salvit_core.quantization import Quantization, load
 from salvit_core.quantization.__main__ import Command, named
+from salvit_core.quantization.layers import layers_of
 from salvit_core.training.__main__ import main as train
 
 RELEASED = (
@@ -89,8 +90,9 @@ def test_imagenet_in_its_usual_layout(imagenet, weights, tmp_path, capsys):
     assert not (tmp_path / "weights.pt").exists()  # progress goes when all is done
 
 
-def test_one_of_our_trainings(tmp_path, capsys):
-    words = "--preset efficientvit_test --data digits --epochs 3 --batch 64 --lr 4e-3 --augment none --device cpu"
+@pytest.mark.parametrize("preset, blocks", [("efficientvit_test", 8), ("cct_2_3x1", None)])
+def test_one_of_our_trainings(preset, blocks, tmp_path, capsys):
+    words = f"--preset {preset} --data digits --epochs 3 --batch 64 --lr 4e-3 --augment none --device cpu"
     train([*words.split(), "--out", str(tmp_path / "trained")])
     capsys.readouterr()
     words = f"quantize --run {tmp_path / 'trained'} --out {tmp_path / 'out'} --device cpu --bits-weights 4 --images 64"
@@ -99,8 +101,33 @@ def test_one_of_our_trainings(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "nearest" not in said and said.count("accuracy") == 3
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert found["data"] == "digits" and found["accuracy"]["float"] > 60
-    assert len(found["history"]) == 16
+    network, _ = load(tmp_path / "out" / "quantized.pt")
+    blocks = blocks or len(list(layers_of(network)))  # each layer is a block of its own
+    assert found["data"] == "digits" and len(found["history"]) == 2 * blocks
+    if preset == "efficientvit_test":
+        assert found["accuracy"]["float"] > 60
+    with pytest.raises(SystemExit, match="is another result, by its images and options: give another --out"):
+        cli.main([*words.split(), "--seed", "1"])
+
+
+def test_other_weights_have_another_folder(imagenet, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "ROOT", tmp_path)
+    state = torch.load(weights)
+    torch.save({"state_dict": {name: each * 0.9 for name, each in state["state_dict"].items()}}, tmp_path / "other.pt")
+    words = f"quantize --model b0-r64 --data-path {imagenet} --no-reconstruction --images 8 --device cpu"
+    for file in (weights, tmp_path / "other.pt"):
+        cli.main([*words.split(), "--weights", str(file)])
+    assert len(list((tmp_path / "data" / "runs" / "quantizations").glob("*64px*/result.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": [1, 2]}, {"state_dict": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(0)}, {"a": 1}, {}],
+)
+def test_a_file_without_weights_is_one_line(content, tmp_path):
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(SystemExit, match="bad.pt is not a file of weights: name another"):
+        cli.main(f"quantize --model b0-r64 --weights {tmp_path / 'bad.pt'}".split())
 
 
 @pytest.mark.parametrize(

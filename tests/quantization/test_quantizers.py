@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salvit_core.quantization import layers, quantizers
 from salvit_core.quantization.quantizers import Quantizer, Rounding, log2_divisor, on_grid, searched
 
 
@@ -57,6 +58,21 @@ def test_zero_is_on_every_grid_and_what_is_on_a_grid_stays(bits, centre, scale):
 def test_a_constant_row_is_no_division_by_zero():
     step, zero = searched(torch.zeros(2, 9), 4)
     assert torch.equal(on_grid(torch.zeros(2, 9), step, zero, 15), torch.zeros(2, 9)) and step.isfinite().all()
+
+
+def test_the_sample_of_a_picture_is_not_its_border(monkeypatch):
+    """64 columns, of which a stride of 64 would see the first alone: it is zero and says nothing of the rest."""
+    x = torch.randn(8, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 0] = 0
+    whole, _ = searched(x.reshape(1, -1), 3)
+    monkeypatch.setattr(quantizers, "SAMPLE", 2**11)
+    step, _ = searched(x.reshape(1, -1), 3)
+    assert abs(step / whole - 1) < 0.1
+    monkeypatch.setattr(layers, "ENTRIES", 2**11)
+    x = torch.tensor([1.0, 1.0, 0.2, 0.2]).view(-1, 1, 1).repeat(8, 1, 64, 64)
+    x[..., 0] = 0
+    # The quantile is 1, above the mean of the largest; of the border it would be 0.
+    torch.testing.assert_close(layers.migration(x), torch.tensor([1.0, 1.0, 0.2, 0.2]))
 
 
 def test_a_quantizer_takes_its_range_from_the_first_it_sees_and_learns_its_step():

@@ -106,8 +106,9 @@ def test_quantized_weights_cost_what_others_do(model, quantized, images):
 
 @pytest.mark.processes
 def test_both_on_shares(model, quantized, images):
-    for network in (on_shares(quantized), tabulated(model, images, 10), on_shares(quantized, True)):
+    exact, *tables = on_shares(quantized), tabulated(model, images, 10), on_shares(quantized, True)
+    for network, bound in ((exact, 0.03), *((each, 0.2) for each in tables)):  # tables round to either neighbour
         result = private.infer(network, images[:2], "tuned")
         with torch.no_grad():
             clear = network(images[:2])
-        assert result.violations == [] and (result.logits - clear).abs().max() < 0.3 * clear.std()
+        assert result.violations == [] and (result.logits - clear).abs().max() < bound * clear.std()

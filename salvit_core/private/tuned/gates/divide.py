@@ -36,6 +36,17 @@ def _inverse(bits: int, extra: int) -> Polynomials:
     return Polynomials([], fitted(lambda v: 1 / v, [1.0, 2.0], 5, extra), bits, extra)
 
 
+def inverse_error() -> float:
+    """The largest relative error of `reciprocal`, within its octaves and but for the last truncation.
+
+    That is of the quintic at every v of `INVERSE_BITS` bits, for whatever is truncated to it: less than a step away.
+    """
+    inverse = _inverse(INVERSE_BITS, 59 - 5 * INVERSE_BITS)
+    units = torch.arange(1 << INVERSE_BITS, 2 << INVERSE_BITS).double()
+    y = sum(c * units**m for m, c in enumerate(inverse.base)) / 2.0**inverse.bits
+    return max(float((y * (units + off) / 2.0**INVERSE_BITS - 1).abs().max()) for off in (-1, 1))
+
+
 @correlation("powers")
 def deal_powers(deal: Dealing, count: int, degree: int):
     """A mask r and its powers up to r^degree."""
@@ -127,12 +138,15 @@ def shift_divide(module: ShiftDivide, secret: dict, numerator: Share | Weight, d
 
     Five rounds, six for many numbers: three find the power of two, by a knot between every two exponents, one
     multiplies, and one or two truncate. With J = most - least and k digits: a word and J (2 k - 1) bits per
-    denominator, and what `divide` has per quotient. `divide` takes twelve rounds: it looks up b's octave as this does,
-    and spends seven more on what this leaves out.
+    denominator, and what `divide` has per quotient. `divide` takes nine rounds, twelve for many numbers: it looks up
+    b's octave as this does, and spends four or six more on what this leaves out.
+
+    Within a step, and what a errs by itself, over 2^y: a keeps the bits it comes with, up to the 47 - most that
+    quotients below 2^15 leave it; what is cut off beyond is 2^(most - 47 - least) of a quotient, 2^-32 of 16 exponents.
 
     Functionality:
         Inputs: Both shared.
-        Output: a / 2^y, shared, truncated exactly; nearer than 2^(least - 5) to a knot, either neighbour's.
+        Output: a / 2^y, shared, truncated by `truncate`; nearer than 2^(least - 5) to a knot, either neighbour's.
         Opened: b and a less their masks, masked bits, to both; by `truncate`, a masked word.
         Simulator: uniform words and bits.
         Failure: 2^-34 a number of either.
@@ -144,7 +158,7 @@ def shift_divide(module: ShiftDivide, secret: dict, numerator: Share | Weight, d
     digits = -(-(b.bits + module.most + 3 - lowest) // DIGIT)  # four times the largest divisor
     power = piecewise(b, _shifts(module.least, module.most, b.bits), lowest, digits)
     a = entered(numerator).settle()
-    a = a.to(min(a.bits, session.bits + 4))
+    a = a.to(min(a.bits, 47 - power.bits))  # quotients below 2^15 leave 47 bits to the product
     return truncate(multiply(a, power), session.bits)
 
 
