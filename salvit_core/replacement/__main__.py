@@ -221,7 +221,7 @@ def named(name: str, weights: Path | None) -> nn.Module:
 def train(command: Train) -> Path:
     """`salvit replace train`; the path of the result."""
     if (command.run is None) == (command.base_model is None):
-        raise ValueError(f"run is {command.run}, base model {command.base_model}: give one of both as the teacher")
+        raise ValueError(f"run is {command.run}, base model {command.base_model!r}: give one of both as the teacher")
     by = command.rep_by.replace("-", "_")
     if by not in ATTENTION:
         known = ", ".join(name.replace("_", "-") for name in ATTENTION)
