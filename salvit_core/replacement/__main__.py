@@ -318,8 +318,7 @@ def _data(command: Common, said: dict, model: nn.Module) -> datasets.Data:
 def _folder(command: Common, name: str, *made_of: Any) -> Path:
     """Where results go: what a name leaves out of source and options, eight digits of it tell from others."""
     digits = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    named = workspace.ROOT / "data" / "runs" / "replacements" / f"{name.replace(' ', '-')}-{digits}"
-    out = command.out or named
+    out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / f"{name.replace(' ', '-')}-{digits}"
     for file in ("weights.pt", "result.json") if not process()[0] else ():
         workspace.try_out(out / file)
     return out
