@@ -43,7 +43,7 @@ docs: .venv/installed
 	rm -rf $(BOOK) && mkdir -p $(BOOK) && ln -s ../../data $(BOOK)/data
 	SALVIT_ROOT=$(BOOK) $(BIN)/salvit study --records reference --notebooks notebooks
 	cp -r docs $(BOOK)/pages && mv $(BOOK)/figures/executed $(BOOK)/pages/notebooks && mv $(BOOK)/figures $(BOOK)/pages/
-	SALVIT_ROOT=. $(BIN)/python -m sphinx -W --keep-going -q -b html $(BOOK)/pages $(BOOK)/site
+	$(BIN)/python -m sphinx -W --keep-going -q -b html $(BOOK)/pages $(BOOK)/site
 	@echo "the book is $(BOOK)/site/index.html"
 
 lab: .venv/installed

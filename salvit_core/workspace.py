@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 def _root() -> Path:
     """SALVIT_ROOT; else the checkout that this file lies in; of an installed package, the folder one is in."""
     if named := os.environ.get("SALVIT_ROOT"):
-        return Path(named).resolve()
+        root = Path(named).resolve()
+        os.environ["SALVIT_ROOT"] = str(root)  # a notebook's kernel begins in another folder
+        return root
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 

@@ -132,8 +132,8 @@ def check(x: torch.Tensor, low: int, high: int) -> None:
 
     Opens one number, the sum of a random number for each entry that is outside: zero if there is none, uniform else,
     however many there are. Windows of 32 bits look: a narrow one sees what is beyond a bound by 2^-24 of the larger of
-    the two, a wide one up to 2^10 times the range, and one from bit 28 on whatever is farther off, such as the 2^(64-t)
-    by which a truncation of t > 4 bits fails.
+    the two, or by half of the lower where that is less, a wide one up to 2^10 times the range, and one from bit 28 on
+    whatever is farther off, such as the 2^(64-t) by which a truncation of t > 4 bits fails.
 
     What it leaks: the flag, to both parties. An operation has one wherever it looks: at the result (`Tuned.watch`), and
     before each comparison with knots or of four numbers, so that a softmax tells in which round of its maximum
@@ -150,7 +150,9 @@ def check(x: torch.Tensor, low: int, high: int) -> None:
         return
     flat, size = x.reshape(-1), max(abs(low), abs(high)).bit_length()
     found = []
-    for step in dict.fromkeys([max(0, size - 21), max(0, size - 25), max(28, size - 31)]):
+    # A range of many octaves has its lower bound far below the larger one.
+    narrow = min(size - 25, max(low.bit_length() - 2, size - 28)) if low > 0 else size - 25
+    for step in dict.fromkeys([max(0, size - 21), max(0, narrow), max(28, size - 31)]):
         # Outwards: of the bits that a window ignores a carry may come.
         carry = step > size - 21
         bounds = [float(low >> step << step), float((-(-high >> step) + carry) << step)]
