@@ -50,7 +50,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(FLAGS)
 
 bench: .venv/installed
-	set -e; for script in benchmarks/private.py benchmarks/training.py; do $(BIN)/python $$script; done
+	set -e; for script in benchmarks/private.py benchmarks/training.py benchmarks/replacement.py; do $(BIN)/python $$script; done
 
 # SPU has an environment of its own: it wants older packages than ours, and has wheels for two versions of Python alone.
 .venv-peers/installed: benchmarks/peers/requirements.txt

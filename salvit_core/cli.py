@@ -185,7 +185,8 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
     if name is None:
         torch.manual_seed(0)
         return build(config).eval(), None
-    data = datasets.load(name, command.root or workspace.ROOT / "data")
+    side = None if command.run is None else config.image  # which a training may have resized its images to
+    data = datasets.load(name, command.root or workspace.ROOT / "data", image=side)
     _, channels, _, side = data.test.images.shape
     shape = {"image": side, "channels": channels, "classes": data.classes}
     torch.manual_seed(0)

@@ -382,12 +382,12 @@ OPTIONS = {
     "train": "preset method data protocol image device root epochs batch lr optimizer weight-decay warmup augment clip "
     "label-smoothing distill-logits temperature keep seed nonsense",
     "search": "preset method data image device granularity budget rule weight search-epochs epochs lr seed nonsense",
-    "replace train": "run base-model weights data root image device seed rep-by layers loss epochs batch-size lr "
+    "replace train": "run base-model weights data root device seed rep-by layers loss epochs batch-size lr "
     "weight-decay warmup-epochs block-ft-epochs block-ft-lr block-ft-batch-size head-epochs head-lr reprob drop-path "
     "augment skip-train-attn out nonsense",
-    "replace prune": "run data root image device out seed regulariser coefficient threshold share epochs batch-size lr "
+    "replace prune": "run data root device out seed regulariser coefficient threshold share epochs batch-size lr "
     "finetune-epochs augment reprob nonsense",
-    "replace downstream": "run data root image device out seed epochs batch-size lr augment reprob drop-path head-only "
+    "replace downstream": "run data root device out seed epochs batch-size lr augment reprob drop-path head-only "
     "nonsense",
     "replace visualize": "run data root n block out nonsense",
     "study": "profile records only set timeout notebooks engine nonsense",
@@ -428,7 +428,7 @@ def test_a_command_is_refused_in_one_line_or_begins(command, data, monkeypatch, 
         "search": ["salvit_core.search.sas.search", "salvit_core.search.released.search"],
         "replace train": ["salvit_core.replacement.__main__.distil"],
         "replace prune": ["salvit_core.replacement.__main__.prune"],
-        "replace downstream": ["salvit_core.replacement.__main__.train_network"],
+        "replace downstream": ["salvit_core.replacement.__main__.train_stage"],
         "replace visualize": ["salvit_core.models.maps.importance"],
         "study": ["salvit_core.experiments.study.execute"],
         "evidence": ["salvit_core.experiments.execute.collect"],

@@ -1,6 +1,7 @@
 """Data sets of much alike: Oxford Flowers (102 classes) and Stanford Cars (196), in torchvision's folders."""
 
 import functools
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,22 @@ def _cars(folder: Path) -> list[tuple[list[Path], list[int]]]:
 
 def _matrix(path: Path, name: str) -> Any:
     """One variable of a MATLAB file, a row."""
-    from scipy.io import loadmat  # comes with scikit-learn; half a second that no other data set needs
+    from scipy.io import loadmat, matlab  # comes with scikit-learn; half a second that no other data set needs
 
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: unpack the data set again, images and lists")
     try:
         return loadmat(path, squeeze_me=True)[name].reshape(-1)
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        NotImplementedError,
+        UnboundLocalError,  # scipy's own, at one damaged byte
+        zlib.error,
+        matlab.MatReadError,
+    ) as error:
         raise ValueError(f"{path} is truncated or corrupt ({last_line(error)}): fetch it again") from error
 
 

@@ -1,13 +1,14 @@
 """Trainings on the nodes of a Ray cluster: runs go out, records and weights come back, and this process writes them.
 
+    pip install 'salvit-core[ray]'         # on every machine, with the same versions of Python, Ray and torch
     ray start --head                       # on this machine
-    ray start --address=THIS:6379          # on every other, with the same versions of Python, Ray and torch
+    ray start --address=THIS:6379          # on every other
     salvit evidence --engine ray
 
-A node needs none of our files and keeps none. It is given this package as it is here, the run, its images, its
-teacher and how far it is; from then on the checkpoint comes back whenever there is another, in the end the record and
-the weights. So the store has one writer. A node that dies, or a worker on it, takes along what it did since its last
-checkpoint: the run is given to another, which goes on from there.
+A node needs none of our files but what that installs, and keeps none. It is given this package as it is here, the
+run, its images, its teacher and how far it is; from then on the checkpoint comes back whenever there is another, in the
+end the record and the weights. So the store has one writer. A node that dies, or a worker on it, takes along what it
+did since its last checkpoint: the run is given to another, which goes on from there.
 
 A node trains as many networks side by side as it has CPUs in Ray's books, and shares its cores out among them:
 `ray start --num-cpus 4` on a machine of sixteen gives each four threads. On a cluster with GPUs each training has a

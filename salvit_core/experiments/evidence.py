@@ -195,9 +195,10 @@ class Evidence(Checked):
     """How long at most. What runs then stops, and goes on from its last whole epoch next time. Default: to the end."""
     engine: Annotated[str, Among(*execute.ENGINES)] | None = None
     """Where it trains: "local", side by side on this machine, or "ray", on all nodes of a Ray cluster of which this
-    machine is one (`ray start`). A node needs the same versions of Python, Ray and torch, and no files; what it trains
-    comes back here as it goes on, so that a node that dies costs little. A node trains as many networks at a time as
-    Ray knows CPUs of it, and shares its cores out among them. Default: what SALVIT_ENGINE says, else local."""
+    machine is one (`ray start`). A node needs `pip install 'salvit-core[ray]'` with the same versions of Python, Ray
+    and torch, and no data; what it trains comes back here as it goes on, so that a node that dies costs little. A node
+    trains as many networks at a time as Ray knows CPUs of it, and shares its cores out among them. Default: what
+    SALVIT_ENGINE says, else local."""
     list: bool = False
     """Only say what is done and what is left."""
     publish: bool = False

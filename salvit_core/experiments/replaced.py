@@ -16,7 +16,7 @@ from ..models.config import TransformerConfig
 from ..models.vit import build
 from ..private.links import LINKS, Link
 from ..replacement.distillation import Distillation
-from ..replacement.pruning import Pruning
+from ..replacement.pruning import Pruning, shaped
 from . import store
 from .profiles import Profile, profile_of
 from .runs import ClearRun, PrivateRun, ReplacementRun, SearchRun, TrainRun, replaced_config
@@ -246,7 +246,20 @@ def private_runs(
 CONNECTIONS: dict[str, Link | None] = {"loopback": None, "LAN": LINKS["LAN (Cheetah)"], "WAN": LINKS["WAN (Cheetah)"]}
 
 
-def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1, 32)) -> pd.DataFrame:
+def removed(size: Profile, data: str) -> dict[str, nn.Module]:
+    """The teacher with FAR's block, and without a share of the hidden units, as many of every cell; shapes alone."""
+    config = replaced_config(profile_of(size).config(data, "SA softmax"), "multi_lstm")
+    whole, made = config.width // config.heads, {}
+    for share in (0.0, *SIZES[size.name].pruned):
+        left = whole - round(share * whole)
+        with torch.device("meta"):
+            made[f"{share:.0%} removed"] = shaped(config, [[(left, left)] * config.heads] * config.layers)
+    return made
+
+
+def priced(
+    networks: Mapping[str, TransformerConfig] | Mapping[str, nn.Module], batches: Iterable[int] = (1, 32)
+) -> pd.DataFrame:
     """Rounds and bytes of one query to each network with `tuned`, from shapes alone: exact, nothing is run.
 
     Returns:
@@ -256,9 +269,10 @@ def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1
     from ..private.estimation import estimate  # CrypTen, which a machine that only trains lacks
 
     rows = []
-    for name, config in configs.items():
+    for name, network in networks.items():
         with torch.device("meta"):
-            model = build(config)
+            model = network if isinstance(network, nn.Module) else build(network)
+        config = model.config
         for batch in batches:
             found = estimate(model, (batch, config.channels, config.image, config.image))
             row = {"method": name, "batch": batch, "rounds": found.rounds, "mb": found.bytes / 1e6}
@@ -267,7 +281,7 @@ def priced(configs: Mapping[str, TransformerConfig], batches: Iterable[int] = (1
             row |= {where: link.seconds(found.rounds, serial) / batch for where, link in CONNECTIONS.items() if link}
             rows.append(row)
     table = pd.DataFrame(rows)
-    return table.assign(method=pd.Categorical(table["method"], list(configs)))
+    return table.assign(method=pd.Categorical(table["method"], list(networks)))
 
 
 def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
@@ -292,7 +306,7 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
 
 def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Rounds and megabytes per image, a panel each: methods by batch."""
-    table = table.assign(rounds=table["rounds"], mb=table["mb"] / table["batch"])
+    table = table.assign(mb=table["mb"] / table["batch"])
     columns = {"rounds": "rounds of a query", "mb": "MB per image"}
     made = {title: table.pivot(index="method", columns="batch", values=name) for name, title in columns.items()}
     return {title: part.rename(columns="batch {}".format) for title, part in made.items()}
@@ -315,23 +329,24 @@ def said_of_costs(table: pd.DataFrame) -> str:
 
 
 # The search among priced mechanisms (notebook 03), with recurrences among its choices: mechanism to row, or none.
-CHOICES = {"self": "SA L2Q", "external": "EA L2Q", "scaling": "SA scaling", "multi_lstm": None, "parallel_scan": None}
+# FAR's own block is not among them: one layer of it waits longer on a WAN than any of the others in all
+# layers, so that its price excludes it within any budget of theirs.
+CHOICES = {"self": "SA L2Q", "external": "EA L2Q", "scaling": "SA scaling", "parallel_scan": None, "mixer": None}
 
 
 def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str, float]]:
     """A search that may choose a recurrence for a layer, priced on a WAN, and the prices of a layer in seconds.
 
-    The budget is what half the layers with self-attention and half with external attention take.
+    The budget is what half the layers with self-attention and half with external attention take. Of few tokens external
+    attention is the dearer one, and self-attention in all layers is within it.
     """
     from .accuracy import prices  # as in `priced`
 
     small = profile_of(size)
-    brief = size.name in ("smoke", "quick")  # and do without the dearest
-    names = {name: row for name, row in CHOICES.items() if not brief or name != "multi_lstm"}
     base = small.config(data, "SA L2Q")
     made = {
         name: small.config(data, row) if row else dataclasses.replace(base, attention=name)
-        for name, row in names.items()
+        for name, row in CHOICES.items()
     }
     known = prices(made, LINKS["WAN (Cheetah)"])
     half = base.layers // 2

@@ -84,7 +84,9 @@ class TrainRun(Checked):
 
     def label(self) -> str:
         """Data set, network, epochs, seed."""
-        parts = [name for name in ("logits", "features") if getattr(self.recipe, f"distill_{name}")]
+        parts = [
+            name for name in ("logits", "features", "blocks", "attention") if getattr(self.recipe, f"distill_{name}")
+        ]
         taught = f" distilled {' '.join(parts)}" if self.teacher else ""
         return f"{self.data} {of_network(self.network)}{taught} {self.recipe.epochs} epochs seed {self.seed}"
 

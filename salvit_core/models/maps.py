@@ -1,7 +1,8 @@
 """Attention maps: which tokens a network looks at, layer by layer, through all layers, and in the last one.
 
-Every mechanism has effective weights, `attention.weights(x)`: what it multiplies the values with, (B, H, N, N), even
-where it never writes that matrix down. External attention's are (B, H, N, S), over memory slots instead of tokens.
+Every attention has effective weights, `attention.weights(x)`: what it multiplies the values with, (B, H, N, N), even
+where it never writes that matrix down. External attention's are (B, H, N, S), over memory slots instead of tokens. What
+stands in attention's place has none: there they are how much token j moves token i, a gradient without scale.
 
 Letters: B batch, H heads, N tokens (a ViT's class token first), M dimension of the model, S memory slots.
 """

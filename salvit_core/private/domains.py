@@ -32,14 +32,14 @@ class Span(NamedTuple):
 
 
 def spans(what: str, values: torch.Tensor, domain: tuple[float, float]) -> list[Span]:
-    """The one span of some values."""
-    return [Span(what, values.min().item(), values.max().item(), *domain)]
+    """The one span of some values, none of no values: a recurrence may be left without a unit."""
+    return [Span(what, values.min().item(), values.max().item(), *domain)] if values.numel() else []
 
 
 def within_octaves(what: str, sums: torch.Tensor, octaves: tuple[int, int], zeros: bool = False) -> list[Span]:
     """The span of sums that must lie between two powers of two; with `zeros` those that are zero may."""
     sums = sums[sums != 0] if zeros else sums
-    return spans(what, sums, (2.0 ** octaves[0], 2.0 ** octaves[1])) if sums.numel() else []
+    return spans(what, sums, (2.0 ** octaves[0], 2.0 ** octaves[1]))
 
 
 def spread(x: torch.Tensor, dim: int) -> torch.Tensor:

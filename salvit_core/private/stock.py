@@ -280,7 +280,7 @@ def gain(module: Gain, secret: Secrets, x: MPCTensor) -> MPCTensor:
 
 def block_linear(module: BlockLinear, secret: Secrets, x: MPCTensor) -> MPCTensor:
     """A matrix per block of features: one Beaver product where blocks are alike, else one for each."""
-    rows = x.reshape(-1, x.size(-1))
+    rows = x.reshape(math.prod(x.size()[:-1]), x.size(-1))  # which may be no features
     if module.alike:
         weight = _on_share(secret["weight"], torch.Tensor.view, -1, module.outputs[0], module.inputs[0])
         rows = _on_share(rows, lambda part: part.view(len(part), -1, module.inputs[0]).transpose(0, 1))

@@ -3,10 +3,11 @@
 salvit replace train --run data/runs/trainings/cct_4_3x2-SA-softmax-cifar10-0 --data cifar10
 salvit replace prune --run data/runs/replacements/... --share 0.5
 torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-Base --weights deit_base.pth \
-    --data imagenet --batch-size 64 --block-ft-lr 2e-5 --block-ft-batch-size 64 --skip-train-attn
+    --data imagenet --batch-size 256 --block-ft-lr 2e-5 --block-ft-batch-size 256 --skip-train-attn
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -19,16 +20,16 @@ from torch import nn
 
 from .. import datasets, workspace
 from ..datasets.load import AUGMENT
-from ..fields import Among, Checked, Count, CountOrNone, Positive, Seed, Share, Size, Weight
+from ..fields import Among, Checked, Count, CountOrNone, Positive, Seed, Share, Weight
 from ..models.attention import ATTENTION
+from ..models.cct import CCT
 from ..models.config import config_of, preset
-from ..models.vit import build, load_deit
+from ..models.vit import ViT, build, load_deit
 from ..options import parsed
 from ..training.checkpoint import load_weights, loaded
-from ..training.loop import train as train_network
 from ..training.preparation import others
 from ..training.processes import process, under_torchrun
-from .distillation import ATTENTION_STAGE, HEAD_STAGE, LOSSES, Distillation, distil
+from .distillation import ATTENTION_STAGE, HEAD_STAGE, LOSSES, Distillation, distil, train_stage
 from .downstream import carried
 from .pruning import REGULARISERS, Pruning, hidden, prune, shaped
 
@@ -43,8 +44,6 @@ class Common(Checked):
     """Data set, as of salvit train. Default: that of --run."""
     root: Path | None = None
     """Folder of the data sets. Default: data/ in the workspace."""
-    image: Size | None = None
-    """Side in pixels to resize images to. Default: the network's."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to train on."""
     out: Path | None = None
@@ -78,7 +77,7 @@ class Train(Common):
     epochs: Count = 200
     """Of the first stage, which trains the replacements."""
     batch_size: Count = 256
-    """Images per step of the first and the third stage, over all processes."""
+    """Images per step of the first and the third stage, over all processes: four with 64 each are 256."""
     lr: Positive = 5e-4
     """Of the first stage, at 512 images per step: it is scaled by --batch-size."""
     weight_decay: Weight = 0.05
@@ -92,7 +91,7 @@ class Train(Common):
     block_ft_lr: Positive = 5e-5
     """Of the second stage."""
     block_ft_batch_size: Count = 256
-    """Images per step of the second stage."""
+    """Images per step of the second stage, over all processes."""
     head_epochs: CountOrNone = 30
     """Of the third stage, which trains the head; 0: none."""
     head_lr: Positive = 5e-4
@@ -174,7 +173,7 @@ def restored(run: Path | None) -> tuple[nn.Module, dict]:
     """The network in a folder that salvit train, search or replace wrote, pruned or not, and what was said of it.
 
     Raises:
-        ValueError: no folder, or one without such a result or with weights of another network.
+        ValueError: no folder, or one without such a result, with weights of another network or with an EfficientViT.
         OSError: a file that cannot be read.
     """
     if run is None:
@@ -190,6 +189,8 @@ def restored(run: Path | None) -> tuple[nn.Module, dict]:
         raise ValueError(
             f"{result} is no result of salvit train or replace ({type(error).__name__}: {error})"
         ) from error
+    if not isinstance(model, CCT | ViT):
+        raise ValueError(f"the network in {run} is a {type(model).__name__}: give a CCT or a ViT")
     load_weights(model, run / "weights.pt")
     return model.eval(), said
 
@@ -220,7 +221,7 @@ def named(name: str, weights: Path | None) -> nn.Module:
 def train(command: Train) -> Path:
     """`salvit replace train`; the path of the result."""
     if (command.run is None) == (command.base_model is None):
-        raise ValueError(f"run is {command.run}, base model {command.base_model}: give one of both as the teacher")
+        raise ValueError(f"run is {command.run}, base model {command.base_model!r}: give one of both as the teacher")
     by = command.rep_by.replace("-", "_")
     if by not in ATTENTION:
         known = ", ".join(name.replace("_", "-") for name in ATTENTION)
@@ -244,7 +245,8 @@ def train(command: Train) -> Path:
         raise ValueError(
             f"the teacher has {teacher.config.classes} classes, {data.name} {data.classes}: name its own data"
         )
-    out = _folder(command, f"{name}-by-{command.rep_by}-{command.loss}-{data.name}-{command.seed}")
+    source = command.run.resolve() if command.run is not None else (name, command.weights and command.weights.resolve())
+    out = _folder(command, f"{name}-by-{command.rep_by}-{command.loss}-{data.name}-{command.seed}", source, run)
     result = distil(run, teacher, data, out)
     return _written(out, result, data, {"distillation": dataclasses.asdict(run), "teacher": name})
 
@@ -262,7 +264,9 @@ def pruned(command: Prune) -> Path:
     run = Pruning(command.regulariser, *weights, sparsify, finetune, command.seed)
     model, said = restored(command.run)
     data = _data(command, said, model)
-    out = _folder(command, f"{command.run.resolve().name}-pruned-{command.regulariser}-{command.share:g}")  # type: ignore[union-attr]
+    source = command.run.resolve()  # type: ignore[union-attr]  # restored has refused None
+    label = f"{source.name}-pruned-{command.regulariser}-{command.share:g}-{data.name}-{command.seed}"
+    out = _folder(command, label, source, run)
     result = prune(run, model, data, out)
     before, after = result["parameters_before"], result["parameters"]
     if not process()[0]:
@@ -290,9 +294,11 @@ def downstream(command: Downstream) -> Path:
     )
     data = _data(command, {}, model)
     made = carried(model, data, command.drop_path, command.seed)
-    out = _folder(command, f"{command.run.resolve().name}-to-{data.name}-{command.seed}")  # type: ignore[union-attr]
+    source = command.run.resolve()  # type: ignore[union-attr]  # restored has refused None
+    made_of = (source, recipe, command.drop_path, command.head_only)
+    out = _folder(command, f"{source.name}-to-{data.name}-{command.seed}", *made_of)
     frozen = others(made, ["head"]) if command.head_only else ()
-    result = train_network(made, data, recipe, checkpoint=out / "downstream.pt", frozen=frozen, label="downstream")
+    result = train_stage(made, data, recipe, "downstream", None, frozen, out)
     said = {"stages": {"downstream": result}, "test_accuracy": result["test_accuracy"], "network": made}
     return _written(out, said, data, {"from": str(command.run)})
 
@@ -301,8 +307,7 @@ def _data(command: Common, said: dict, model: nn.Module) -> datasets.Data:
     name = command.data or said.get("data")
     if name is None:
         raise ValueError("data is None: name the data set that the network was trained on")
-    side = command.image or model.config.image
-    data = datasets.load(name, command.root or workspace.ROOT / "data", command.device, image=side)
+    data = datasets.load(name, command.root or workspace.ROOT / "data", command.device, image=model.config.image)
     _, channels, _, side = data.train.images.shape
     if (channels, side) != (model.config.channels, model.config.image):
         expected = f"{model.config.channels} channels and {model.config.image} pixels"
@@ -310,8 +315,10 @@ def _data(command: Common, said: dict, model: nn.Module) -> datasets.Data:
     return data
 
 
-def _folder(command: Common, name: str) -> Path:
-    out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / name.replace(" ", "-")
+def _folder(command: Common, name: str, *made_of: Any) -> Path:
+    """Where results go: what a name leaves out of source and options, eight digits of it tell from others."""
+    digits = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+    out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / f"{name.replace(' ', '-')}-{digits}"
     for file in ("weights.pt", "result.json") if not process()[0] else ():
         workspace.try_out(out / file)
     return out

@@ -98,7 +98,7 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
         drop_path: stochastic depth of the copy.
 
     Raises:
-        ValueError: a network of another kind, or more layers than it has.
+        ValueError: a network of another kind, more layers than it has, or one of which a pruned layer would stay.
     """
     if not isinstance(teacher, CCT | ViT):
         raise ValueError(
@@ -106,7 +106,13 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
             "or load DeiT's weights by name"
         )
     model = build(replaced_config(teacher.config, by, layers, drop_path))
-    model.load_state_dict(_inherited(model, teacher), strict=False)
+    inherited, ours = _inherited(model, teacher), model.state_dict()
+    if other := next((name for name, tensor in inherited.items() if tensor.shape != ours[name].shape), None):
+        raise ValueError(
+            f"the teacher's {other} is of another size, since it is pruned: replace all that is pruned, or begin with "
+            "the network that was not"
+        )
+    model.load_state_dict(inherited, strict=False)
     return model.to(next(teacher.parameters()).device)
 
 

@@ -100,8 +100,8 @@ def prune(run: Pruning, model: nn.Module, data: Data, folder: str | Path | None 
         stages["sparsify"] = train_stage(model, data, run.sparsify, "sparsify", None, frozen, folder, penalty)
     kept = strong(model, run.threshold, run.share)
     handles = mask(model, kept)
-    accuracy = evaluate(model, data.test)["accuracy"]
     try:
+        accuracy = evaluate(model, data.test)["accuracy"]
         if run.finetune:
             stages["finetune"] = train_stage(model, data, run.finetune, "masked", None, frozen, folder)
     finally:
@@ -130,7 +130,7 @@ def recurrent(model: nn.Module) -> list[MultiLSTM | None]:
 
 
 def refuse_other_networks(model: nn.Module) -> None:
-    """Refuse a network without a layer that can be pruned.
+    """Refuse a network without a layer that can be pruned, or without a hidden unit in any.
 
     Raises:
         ValueError: names what its layers have.
@@ -142,6 +142,8 @@ def refuse_other_networks(model: nn.Module) -> None:
         raise ValueError(
             f"attention is {found}: hidden units are pruned of multi_lstm and lstm alone, replace it by one"
         )
+    if not any(any(layer.lstm.recurrence.cells) for layer in recurrent(model) if layer is not None):
+        raise ValueError("no hidden unit is left: there is nothing to prune")
 
 
 def cells(attention: MultiLSTM) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -191,7 +193,7 @@ class GroupPenalty:
     """
 
     def __init__(self, model: nn.Module, regulariser: str = "hoyer_square", coefficient: float = 1e-4):
-        self.layers = [attention for attention in recurrent(model) if attention is not None]
+        self.layers = [layer for layer in recurrent(model) if layer is not None and any(layer.lstm.recurrence.cells)]
         self.regulariser, self.coefficient = regulariser, coefficient
 
     def __call__(self) -> torch.Tensor:
@@ -339,7 +341,8 @@ def sparsity(model: nn.Module) -> list[dict]:
                 "input": [(matrix == 0).all(0) for matrix in matrices],
                 "output": [(matrix == 0).all(1) for matrix in matrices],
             }
-            shares = {part: 100 * torch.cat(found).double().mean().item() for part, found in empty.items()}
+            joined = {part: torch.cat(found).double() for part, found in empty.items()}
+            shares = {part: 100 * found.mean().item() if len(found) else 0.0 for part, found in joined.items()}
             rows.append({"layer": layer, "matrix": name, **shares})
     return rows
 

@@ -36,7 +36,8 @@ class Command(Checked):
     """Row of the tables: attention and normaliser, such as "SA L2Q", "EA softmax" or "Linformer". Default: "SA
     softmax"; an EfficientViT, whose attention is its own, has none."""
     data: str = "auto"
-    """Data set: digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet, imagenet100, imagenette, or auto."""
+    """Data set: digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet, imagenet100, imagenette,
+    flowers, cars, or auto."""
     root: Path | None = None
     """Folder of the data sets. Default: data/ in the workspace."""
     protocol: str = "held-out"

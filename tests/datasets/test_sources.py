@@ -489,6 +489,23 @@ def test_flowers_and_cars_say_what_is_missing_or_broken(flowers, cars):
         data.load("cars", cars / "elsewhere", image=16)
 
 
+@pytest.mark.parametrize(
+    "compressed, damaged",
+    [
+        (False, lambda whole: b""),
+        (False, lambda whole: whole[:20]),
+        (True, lambda whole: whole[:133] + bytes(len(whole) - 133)),
+    ],
+    ids=["MatReadError", "IndexError", "zlib.error"],
+)
+def test_a_damaged_list_is_said_to_be(flowers, compressed, damaged):
+    lists = flowers / "flowers-102" / "imagelabels.mat"
+    scipy.io.savemat(lists, {"labels": np.array([[5, 1, 102, 7, 7, 2, 2, 3, 4]])}, do_compression=compressed)
+    lists.write_bytes(damaged(lists.read_bytes()))
+    with pytest.raises(ValueError, match=r"imagelabels.mat is truncated or corrupt .*: fetch it again"):
+        data.load("flowers", flowers, image=16)
+
+
 def test_a_class_beyond_the_last_is_refused(flowers):
     scipy.io.savemat(flowers / "flowers-102" / "imagelabels.mat", {"labels": np.full((1, 9), 103)})
     with pytest.raises(ValueError, match=r"has class 103, the data set 1 to 102"):

@@ -16,7 +16,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from salvit_core import preset, workspace
 from salvit_core.experiments import evidence, execute, store
-from salvit_core.experiments.runs import SearchRun, TrainRun
+from salvit_core.experiments.runs import ReplacementRun, SearchRun, TrainRun
+from salvit_core.replacement.distillation import Distillation
+from salvit_core.replacement.pruning import Pruning
 from salvit_core.search import sas
 from salvit_core.training import Recipe
 
@@ -129,10 +131,16 @@ def test_a_study_that_is_killed_leaves_no_worker_and_goes_on(nodes, root):
 @pytest.mark.xdist_group("ray")
 def test_one_that_fails_is_said_and_does_not_end_the_others(nodes, monkeypatch):
     broken, sound = training(lr=1e30, epochs=3), training(epochs=1)
-    monkeypatch.setattr(evidence, "campaign", lambda name: [broken, sound])
+    one = dataclasses.replace(RECIPE, epochs=1)
+    whole = ReplacementRun(sound, Distillation("multi_lstm", attention=one, blocks=None, head=None))
+    pruned = dataclasses.replace(whole, pruning=Pruning(share=0.5, sparsify=None, finetune=one))
+    monkeypatch.setattr(evidence, "campaign", lambda name: [broken, sound, whole, pruned])
     with pytest.raises(FloatingPointError, match="^digits cct_2_3x1 SA L2Q 3 epochs seed 0: .* epoch"):
         evidence.run(evidence.Evidence(engine="ray"))
     assert store.find(sound) and not store.find(broken)
+    facts = store.find(pruned)["metrics"]  # whose weights came back with their hidden sizes
+    assert facts["parameters"] < facts["parameters_before"] == store.find(whole)["metrics"]["parameters"]
+    assert sum(layer.numel() for layer in execute.trained(pruned).parameters()) == facts["parameters"]
 
 
 @pytest.mark.processes

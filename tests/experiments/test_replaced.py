@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -119,6 +120,38 @@ def test_rounds_of_a_recurrence_grow_with_its_steps_and_not_with_the_batch():
     assert mb["multi-head BiLSTM", 4] > 3 * mb["multi-head BiLSTM", 1]
 
 
+def test_notebook_08_concludes_what_is_counted():
+    """Of the reference networks: orders and the two sizes that its conclusion names."""
+    size = profiles.profile("reference")
+    table = replaced.priced(replaced.networks(size, "cifar10")).set_index(["method", "batch"])
+    rounds, mb = table["rounds"].xs(1, level="batch"), table["mb"].xs(32, level="batch")
+    ascending = ["mixer", "SA L2Q", "parallel scan", "SA softmax", "multi-head BiLSTM"]
+    assert rounds[ascending].tolist() == [141, 145, 161, 185, 1913]
+    for batch in (1, 32):
+        for where in ("LAN", "WAN"):
+            seconds = table[where].xs(batch, level="batch")
+            assert seconds.idxmax() == "multi-head BiLSTM" and seconds.idxmin() == "mixer", (where, batch)
+    assert round(mb["multi-head BiLSTM"]) == 157 and round(mb["SA softmax"]) == 146
+
+
+def test_units_that_are_removed_take_bytes_away_and_no_round():
+    table = replaced.priced(replaced.removed(profiles.profile("reference"), "cifar10"))
+    assert list(table["method"].cat.categories) == ["0% removed", "25% removed", "50% removed", "75% removed"]
+    for _, part in table.groupby("batch"):
+        assert part["rounds"].nunique() == 1
+        assert part["mb"].is_monotonic_decreasing and part["dealer_mb"].is_monotonic_decreasing
+        assert part["mb"].iloc[3] < 0.75 * part["mb"].iloc[0]
+
+
+def test_pages_say_that_no_accuracy_is_on_record_while_none_is(monkeypatch):
+    here = Path(__file__).parents[2]
+    monkeypatch.setattr(workspace, "ROOT", here)
+    runs = replaced.plan(profiles.profile("reference"), "cifar10").values()
+    known = any(store.find(run, "reference") for run in runs)
+    for page in ("notebooks/08_attention_replaced.ipynb", "docs/results.md"):
+        assert ("of the replacements is on record yet" in (here / page).read_text()) != known, page
+
+
 def test_the_campaign_trains_the_reference_replacements():
     every = evidence.campaign()
     runs = [run for run in every if isinstance(run, ReplacementRun)]
@@ -145,12 +178,19 @@ def test_importance_is_shown_without_its_diagonal(root, made, found):
 def test_the_priced_search_may_choose_a_recurrence(root):
     """The price of a scan has its sigmoid in it, that of an LSTM its steps; the search runs to its end."""
     search, prices = replaced.choice(SMOKE, "digits")
-    assert list(prices) == ["self", "external", "scaling", "parallel_scan"] and min(prices.values()) > 0
+    assert list(prices) == ["self", "external", "scaling", "parallel_scan", "mixer"] and min(prices.values()) > 0
     assert search.search.choices == tuple(prices) and search.search.budget > 4 * min(prices.values())
     record = execute.ensure(search)
     assert set(record["metrics"]["architecture"]) <= set(prices)
-    sizes = profiles.profile("reference")
-    assert list(replaced.choice(sizes, "digits")[1])[3:] == ["multi_lstm", "parallel_scan"]
+
+
+@pytest.mark.parametrize("name, data", [("smoke", "digits"), ("reference", "cifar10")])
+def test_every_choice_of_a_layer_fits_the_budget(name, data):
+    """With the base's own mechanism in the other layers: nothing is among the choices that can never be taken."""
+    search, prices = replaced.choice(profiles.profile(name), data)
+    layers = search.network.layers
+    for by, price in prices.items():
+        assert (layers - 1) * prices["self"] + price <= search.search.budget, by
 
 
 def test_a_price_has_the_gates_of_a_recurrence_in_it():

@@ -8,7 +8,7 @@ from test_normalizers import formula
 
 from salvit_core.models.attention import ATTENTION
 
-B, N, M, H, S = 2, 6, 8, 2, 3
+B, N, M, H, S = 2, 5, 8, 2, 3
 D = M // H
 
 

@@ -140,6 +140,7 @@ def test_blocks_are_those_of_a_block_diagonal_matrix():
         (lambda: LSTM([(1, -1)]), "none below 0"),
         (lambda: MultiLSTM(Sized(mechanism("self", M, H, 4)), [(1, 1)]), "hidden sizes of 1 heads: the network has 3"),
         (lambda: mechanism("grid_lstm", M, H, 4, hidden=[(1, 1)] * H), "give 3 pairs that add up to 4"),
+        (lambda: mechanism("grid_lstm", M, H, 12), "12 tokens are no grid: grid_lstm takes a square"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(make, message):
@@ -224,7 +225,9 @@ def on_the_grid(module, x, rows, columns, first):
     return module.projection(module.merge(u))
 
 
-@pytest.mark.parametrize("count, rows, columns, first", [(16, 4, 4, 0), (17, 4, 4, 1), (9, 3, 3, 0), (1, 1, 1, 0)])
+@pytest.mark.parametrize(
+    "count, rows, columns, first", [(16, 4, 4, 0), (17, 4, 4, 1), (9, 3, 3, 0), (1, 1, 1, 0), (2, 1, 1, 1)]
+)
 def test_grid_lstm_scans_rows_then_columns(count, rows, columns, first):
     module, x = drawn(mechanism("grid_lstm", M, H, count)), tokens(B, count, M)
     with torch.no_grad():

@@ -94,7 +94,14 @@ TABLES = {
         "bits_beside",
         "accelerator",
     ],
-    "08": ["replaced_accuracy", "replaced_pruning", "replaced_costs", "replaced_seconds", "replaced_clear"],
+    "08": [
+        "replaced_accuracy",
+        "replaced_pruning",
+        "replaced_costs",
+        "replaced_pruned_costs",
+        "replaced_seconds",
+        "replaced_clear",
+    ],
 }
 
 

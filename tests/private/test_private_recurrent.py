@@ -16,6 +16,7 @@ from salvit_core.private.tuned import gates
 from salvit_core.private.tuned import protocol as tuned
 from salvit_core.private.tuned.arithmetic import ring
 from salvit_core.private.tuned.arithmetic.share import Share
+from salvit_core.replacement.pruning import shaped
 
 ULP = 2.0**-13
 
@@ -83,7 +84,13 @@ def test_products_of_what_is_truncated_on_the_way(seed):
 
 # Gates against the clear operations
 
-BLOCKS = {"alike": ((4, 4, 4), (3, 3, 3)), "not alike": ((1, 5, 0), (4, 0, 2)), "one": ((300,), (3,))}
+BLOCKS = {
+    "alike": ((4, 4, 4), (3, 3, 3)),
+    "not alike": ((1, 5, 0), (4, 0, 2)),
+    "one": ((300,), (3,)),
+    "none in": ((0, 0), (3, 3)),
+    "none out": ((3, 3), (0, 0)),
+}
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -93,7 +100,11 @@ def test_block_linear(sizes, native, monkeypatch):
     monkeypatch.setattr(ring, "NATIVE", native)
     module = drawn(BlockLinear(*sizes))
     shared, clear, parties = privately(module, normal(2, 5, sum(sizes[0]), scale=6))
-    assert (shared - clear).abs().max() <= 2.0**-40 and clear.abs().max() > 1
+    assert shared.shape == clear.shape
+    if all(map(sum, sizes)):
+        assert (shared - clear).abs().max() <= 2.0**-40 and clear.abs().max() > 1
+    elif clear.numel():
+        assert (shared - clear).abs().max() <= 2.0**-40  # the bias alone
     assert [party.rounds for party in parties] == [1, 1]
 
 
@@ -224,6 +235,20 @@ def test_the_estimate_is_what_is_measured(attention):
     columns = ["layer", "kind", "rounds", "bytes", "serial_bytes", "offline_bytes"]
     assert result.operations[columns].equals(estimate.operations[columns])
     assert result.violations == [] and result.error < 5e-3
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("protocol", ["tuned", "stock"])
+def test_a_network_with_an_emptied_layer_runs_as_estimated(protocol):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "image": 4, "layers": 2}
+    config = preset("cct_2_3x1", attention="multi_lstm", **sizes)
+    model = shaped(config, [[(0, 0), (0, 0)], [(2, 0), (1, 3)]]).eval()
+    result = private.infer(model, torch.randn(1, 1, 4, 4), protocol)
+    estimate = private.estimate(model, (1, 1, 4, 4), protocol)
+    columns = ["layer", "kind", "rounds", "bytes", "serial_bytes", "offline_bytes"]
+    assert result.operations[columns].equals(estimate.operations[columns])
+    assert result.error < 0.05, result.error
 
 
 @pytest.mark.processes

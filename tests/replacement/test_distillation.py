@@ -11,6 +11,7 @@ from salvit_core import CCT, ViT, datasets, preset
 from salvit_core.models.config import DeiTConfig
 from salvit_core.models.vit import load_deit
 from salvit_core.replacement.distillation import Distillation, distil, replaced, trained
+from salvit_core.replacement.pruning import shaped
 from salvit_core.training import Recipe, evaluate, fit, train
 from salvit_core.training.distillation import Watched, places, unlike
 
@@ -231,6 +232,7 @@ def test_the_published_recipe_is_the_default():
         (lambda t: Distillation("linformer", attention=None, blocks=None, head=None), "at least one stage"),
         (lambda t: replaced(t, "self"), "attention is 'self' already"),
         (lambda t: replaced(t, "external", layers=3), "layers is 3: the teacher has 2"),
+        (lambda t: replaced(pruned(), "external", layers=1), "is of another size, since it is pruned"),
         (lambda t: replaced(torch.nn.Linear(2, 2), "external"), "the teacher is a Linear"),
         (lambda t: begun(t, model=network(layers=4), distill_blocks=1.0), "blocks is 2, the model's 4"),
         (lambda t: begun(None, cross_entropy=0.0), "no loss is left"),
@@ -241,6 +243,14 @@ def test_the_published_recipe_is_the_default():
 def test_what_cannot_be_is_refused(teacher, call, message):
     with pytest.raises(ValueError, match=message):
         call(teacher)
+
+
+def pruned():
+    return shaped(preset("cct_2_3x1", attention="multi_lstm"), [[(3, 2), (16, 16)]] * 2)
+
+
+def test_a_pruned_teacher_may_be_replaced_altogether():
+    assert replaced(pruned(), "external").config.attention == ("external", "external")
 
 
 def begun(teacher, frozen=(), model=None, **changes):

@@ -266,6 +266,31 @@ def test_pruned_from_end_to_end(few_digits, tmp_path):
     assert all(torch.equal(other["network"].state_dict()[name], tensor) for name, tensor in small.state_dict().items())
 
 
+def test_a_network_with_an_emptied_layer_is_pruned_again(few_digits):
+    emptied = shaped(network().config, [[(0, 0), (0, 0)], [(16, 16), (16, 16)]])
+    for regulariser in REGULARISERS:
+        result = prune(
+            Pruning(regulariser, share=0.25, sparsify=RECIPE, finetune=None), copy.deepcopy(emptied), few_digits
+        )
+        assert result["hidden"][0] == ((0, 0), (0, 0)) and sum(map(sum, result["hidden"][1])) == 48
+        history = result["stages"]["sparsify"]["history"]
+        json.dumps([result["sparsity"], history], allow_nan=False)
+    with pytest.raises(ValueError, match="no hidden unit is left"):
+        prune(Pruning(), shaped(emptied.config, [[(0, 0), (0, 0)]] * 2), few_digits)
+
+
+def test_an_error_while_masked_leaves_no_hooks(few_digits, monkeypatch):
+    model = network()
+
+    def broken(*arguments):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("salvit_core.replacement.pruning.evaluate", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        prune(Pruning(share=0.5, sparsify=None, finetune=None), model, few_digits)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -4,12 +4,10 @@ FAR's block is `MultiLSTM`. Two that follow cost a private inference fewer round
 one after the other: `GridLSTM` makes about 2 sqrt(N) steps, `ParallelScan` log2 N.
 
 On real tokens torch's LSTM (oneDNN's, cuDNN's) makes input and recurrence together; in a graph they are two operations,
-so that a private protocol makes the input's part of all steps in one product. On two cores a training step by torch's
-LSTM took a tenth of what a loop over the steps did, with all heads in one product. A call for each head took 0.22 s and
-one of all heads, as an LSTM whose matrices are block-diagonal, 0.11 s with 4 heads of 16 features (64 images of 64
-tokens); with 3 heads of 64 it was 0.14 s and 0.11 s, with 4 of 64 1.3 s and 2.1 s (16 images of 256 tokens; coarse: the
-machine was shared). So heads are joined up to `JOINED` features, and on a GPU, which long sequences of small steps
-leave idle (not measured).
+so that a private protocol makes the input's part of all steps in one product. All heads may be one call, as an LSTM
+whose matrices are block-diagonal: that is fewer calls and more products with zeros. Which is faster depends on the
+size, so heads are joined up to `JOINED` features, and on a GPU, which long sequences of small steps leave idle (neither
+is on record).
 
 Letters: B batch, N tokens, M dimension of the model, H heads, D dimension of a head, k hidden size of a cell.
 """
@@ -225,10 +223,12 @@ class GridLSTM(Replacement):
     both ways together have as many states as one of `MultiLSTM`'s.
 
     Where N is a square the grid is the image's. Where it is one more, the first is the class token: it stands before
-    every row and before every column, and becomes the mean of what it is there. Otherwise the grid has ceil(sqrt(N))
-    columns, and its last row is filled up with copies from the beginning, of which columns hear in that row's stead.
+    every row and before every column, and becomes the mean of what it is there.
 
     Cost: O(N D^2) per head, in 2 sqrt(N) steps.
+
+    Raises:
+        ValueError: hidden sizes that do not add up, or tokens that are no grid.
     """
 
     name = "grid_lstm"
@@ -240,35 +240,36 @@ class GridLSTM(Replacement):
         if len(hidden) != self.heads or any(sum(pair) != head for pair in hidden):
             raise ValueError(f"hidden sizes {hidden}: give {self.heads} pairs that add up to {head}")
         side = math.isqrt(tokens)
-        self.first = int(tokens == side * side + 1 and tokens > 2)  # class tokens
-        columns = side if self.first or side * side == tokens else side + 1
-        self.counts = -(-(tokens - self.first) // columns), columns  # rows and columns
-        places = [[r * columns + c for c in range(columns)] for r in range(self.counts[0])]
-        grid = [[self.first + n % (tokens - self.first) for n in row] for row in places]
-        lines = [[*range(self.first), *line] for line in grid], [[*range(self.first), *line] for line in zip(*grid)]
+        self.first = tokens - side * side  # class tokens
+        if self.first > 1:
+            raise ValueError(f"{tokens} tokens are no grid: grid_lstm takes a square of them, or one more")
+        self.side = side
+        grid = torch.arange(side * side, device="cpu").view(side, side)
+        lines = [
+            torch.cat([torch.arange(self.first, device="cpu").expand(side, -1), self.first + way], 1)
+            for way in (grid, grid.T)
+        ]
         self.lower = of_kind("projection", nn.Linear(config.width, config.width))
-        self.along = of_kind("scores", nn.ModuleList(Take([n for line in part for n in line]) for part in lines))
+        self.along = of_kind("scores", nn.ModuleList(Take(part.flatten().tolist()) for part in lines))
         self.lstm = nn.ModuleList(BiLSTM(head, hidden) for _ in lines)
-        # Back from lines to tokens: where a token stands first; class tokens are left to `_tokens`.
-        found = [[n for line in part for n in line[self.first :]] for part in lines]
-        every = range(self.first, tokens)
-        self.back = of_kind("values", nn.ModuleList(Take([part.index(n) for n in every]) for part in found))
+        # Back from lines to tokens, where turning the grid undoes itself; class tokens are left to `_tokens`.
+        self.back = of_kind("values", nn.ModuleList(Take(way.flatten().tolist()) for way in (grid, grid.T)))
         self.sum = of_kind("values", nn.ModuleList(TokenSum() for _ in lines))
         self.merge = of_kind("values", BlockLinear([head] * self.heads, [head] * self.heads))
         self.projection = of_kind("projection", nn.Linear(config.width, config.width))
 
     def mix(self, u: torch.Tensor) -> torch.Tensor:
         """(B, N, M) -> (B, N, M)."""
-        for way, count in enumerate(self.counts):
-            lines = self.along[way](u).unflatten(1, (count, -1))  # (B, lines, steps, M)
-            u = self._tokens(way, count, self.lstm[way](lines))
+        for way, lstm in enumerate(self.lstm):
+            lines = self.along[way](u).unflatten(1, (self.side, -1))  # (B, lines, steps, M)
+            u = self._tokens(way, lstm(lines))
         return self.merge(u)
 
-    def _tokens(self, way: int, count: int, lines: torch.Tensor) -> torch.Tensor:
+    def _tokens(self, way: int, lines: torch.Tensor) -> torch.Tensor:
         """Lines (B, lines, steps, M) -> tokens (B, N, M)."""
         if not self.first:
             return self.back[way](lines.flatten(1, 2))
-        mean = self.sum[way](lines[:, :, 0]) * (1 / count)  # (B, 1, M)
+        mean = self.sum[way](lines[:, :, 0]) * (1 / self.side)  # (B, 1, M)
         return torch.cat([mean, self.back[way](lines[:, :, 1:].flatten(1, 2))], 1)
 
 

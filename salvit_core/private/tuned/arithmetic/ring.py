@@ -152,7 +152,8 @@ class Blocks:
     """
 
     def __init__(self, weight: torch.Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...], bits: int):
-        self.inputs, self.alike = inputs, len(set(inputs)) == len(set(outputs)) == 1
+        self.inputs = inputs
+        self.alike = len(set(inputs)) == len(set(outputs)) == 1 and 0 not in (*inputs, *outputs)
         parts = weight.flatten().split([k * m for k, m in zip(inputs, outputs)])
         matrices = [part.view(m, k).t() for part, k, m in zip(parts, inputs, outputs)]
         self.factors = [Factor(x, bits) for x in ([torch.stack(matrices)] if self.alike else matrices)]

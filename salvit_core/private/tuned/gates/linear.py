@@ -44,7 +44,7 @@ def by_weight(operation: tuple, name: str, x: Share, value: Weight, out: tuple) 
     if not session.recording:
         assert weight is not None  # this is the server
         if name not in session.factors:
-            size = 1 + int(weight.abs().max()).bit_length()
+            size = 1 + int(weight.abs().max()).bit_length() if weight.numel() else 1  # blocks may all be empty
             session.factors[name] = prepared(operation, weight, size)
         weight = session.factors[name]
     return Share(apply(operation, x.data + masked, weight).add_(share), x.bits + bits)
