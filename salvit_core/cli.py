@@ -5,7 +5,6 @@ Each command is a frozen dataclass, whose fields are its options, and a function
 
 import contextlib
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ import tyro
 from . import compat, datasets, workspace
 from .fields import Checked, Count
 from .models import maps
-from .models.config import config_of, preset, usual
+from .models.config import TransformerConfig, preset, usual
 from .models.foreign import adopt
 from .models.vit import build
 from .options import parsed
 from .replacement import __main__ as replacement
 from .replacement.pruning import shaped
-from .training.checkpoint import load_weights
+from .training.checkpoint import load_weights, result_of
 
 COMMANDS = {
     "study": "run the notebooks headless: figures, tables, records",
@@ -170,15 +169,8 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
     """
     name = command.data
     if command.run is not None:
-        result = command.run / "result.json"
-        if not result.is_file():
-            raise ValueError(f"run {command.run} holds no result.json: give a folder that salvit train or search wrote")
-        try:
-            said = json.loads(workspace.readable(result).read_text())
-            config, name, sizes = config_of(said["config"]), name or said["data"], said.get("hidden")
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{result} is no result of salvit train or search ({reason}): train again") from error
+        config, said = result_of(command.run, "salvit train or search")
+        name, sizes = name or said["data"], said.get("hidden")
     else:
         method = usual(command.preset, command.method, ROW)
         config = preset(command.preset, method)
@@ -192,7 +184,8 @@ def subject(command: Subject) -> tuple[torch.nn.Module, datasets.Data | None]:
     torch.manual_seed(0)
     if command.run is None:
         return build(preset(command.preset, method, **shape)).eval(), data
-    model = (shaped(config, sizes) if sizes else build(config)).eval()
+    pruned = sizes and isinstance(config, TransformerConfig)
+    model = (shaped(config, sizes) if pruned else build(config)).eval()  # type: ignore[arg-type]
     load_weights(model, command.run / "weights.pt")
     return model, data
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from .. import datasets, workspace
 from ..fields import Checked, CountOrNone, Size
-from ..models.config import EFFICIENTVITS, config_of, preset
+from ..models.config import EFFICIENTVITS, preset
 from ..models.efficientvit import load_published
 from ..models.vit import build
-from ..training.checkpoint import digest, load_weights, loaded
+from ..training.checkpoint import digest, load_weights, loaded, result_of
 from ..training.evaluation import evaluate
 from .engine import STAGES, Quantization, drawn, quantize, save
 
@@ -88,20 +88,12 @@ def trained(command: Command) -> tuple[nn.Module, str, str]:
         OSError: a file that cannot be read.
     """
     if command.run is not None:
-        result = command.run / "result.json"
-        if not result.is_file():
-            raise ValueError(f"run {command.run} holds no result.json: give a folder that salvit train wrote")
-        try:
-            said = json.loads(workspace.readable(result).read_text())
-            config, data = config_of(said["config"]), said["data"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{result} is no result of salvit train ({reason}): train again") from error
+        config, said = result_of(command.run, "salvit train")
         if command.image not in (None, config.image):
             raise ValueError(f"image is {command.image}, {command.run} is for images of {config.image}: leave it out")
         model = build(config)
         load_weights(model, command.run / "weights.pt")
-        return model.eval(), command.run.name, command.data or data
+        return model.eval(), command.run.name, command.data or said["data"]
     data = command.data or "imagenet"
     fields = named(command.model, command.image)
     if data == "imagenet" and "image" not in fields:

@@ -8,7 +8,6 @@ torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-B
 
 import dataclasses
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from ..datasets.load import AUGMENT
 from ..fields import Among, Checked, Count, CountOrNone, Positive, Seed, Share, Weight
 from ..models.attention import ATTENTION
 from ..models.cct import CCT
-from ..models.config import config_of, preset
+from ..models.config import TransformerConfig, preset
 from ..models.vit import ViT, build, load_deit
 from ..options import parsed
-from ..training.checkpoint import load_weights, loaded
+from ..training.checkpoint import load_weights, loaded, result_of
 from ..training.preparation import others
 from ..training.processes import process, under_torchrun
 from .distillation import ATTENTION_STAGE, HEAD_STAGE, LOSSES, Distillation, distil, train_stage
@@ -178,17 +177,13 @@ def restored(run: Path | None) -> tuple[nn.Module, dict]:
     """
     if run is None:
         raise ValueError("run is None: give a folder that salvit train or replace wrote, with --run")
-    result = run / "result.json"
-    if not result.is_file():
-        raise ValueError(f"run {run} holds no result.json: give a folder that salvit train or replace wrote")
+    config, said = result_of(run, "salvit train or replace")
     try:
-        said = json.loads(workspace.readable(result).read_text())
-        config, sizes = config_of(said["config"]), said.get("hidden")
-        model = shaped(config, sizes) if sizes else build(config)
+        sizes = said.get("hidden") if isinstance(config, TransformerConfig) else None
+        model = shaped(config, sizes) if sizes else build(config)  # type: ignore[arg-type]  # no other has sizes
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{result} is no result of salvit train or replace ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{run} is no result of salvit train or replace ({reason}): train again") from error
     if not isinstance(model, CCT | ViT):
         raise ValueError(f"the network in {run} is a {type(model).__name__}: give a CCT or a ViT")
     load_weights(model, run / "weights.pt")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import pickle
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from .. import workspace
 from ..datasets import Data
+from ..models.config import Network, config_of
 from .processes import process
 from .recipe import Recipe
 
@@ -167,6 +169,29 @@ def continued(path: Path, identity: dict, parts: tuple[str, ...], defaults: dict
                 "name another file or delete this one"
             )
     return content
+
+
+def result_of(run: Path, writers: str) -> tuple[Network, dict]:
+    """The configuration of the network in a folder that a command wrote, and all that its result.json says.
+
+    Args:
+        run: the folder.
+        writers: the commands that write such folders, for the messages: "salvit train or search".
+
+    Raises:
+        OSError: the file cannot be read; names it.
+        ValueError: no such file, or one without the configuration of a network and its data set; names it.
+    """
+    result = run / "result.json"
+    if not result.is_file():
+        raise ValueError(f"run {run} holds no result.json: give a folder that {writers} wrote")
+    try:
+        said = json.loads(workspace.readable(result).read_text())
+        config, _ = config_of(said["config"]), said["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{result} is no result of {writers} ({reason}): train again") from error
+    return config, said
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
