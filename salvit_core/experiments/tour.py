@@ -76,10 +76,8 @@ def row_sums(found: Mapping[EvaluationRun, dict]) -> dict[str, tuple[float, floa
     """
     spans: dict[str, dict[str, Span]] = {}
     for run, record in found.items():
-        rows = [{name: row[name] for name in ("place", *Span._fields)} for row in record["metrics"]["ranges"]]
-        spans[run.protocol] = {
-            row.pop("place"): Span(**row) for row in rows if row["place"].endswith("attention.normalizer")
-        }
+        rows = [row for row in record["metrics"]["ranges"] if row["place"].endswith("attention.normalizer")]
+        spans[run.protocol] = {row["place"]: Span(*(row[name] for name in Span._fields)) for row in rows}
     raw, scaled = spans["stock"], spans["tuned"]
     scale = {place: raw[place].high / scaled[place].high for place in raw}
     return {
