@@ -4,6 +4,7 @@ The network is small enough that its weights are a reference record's like any o
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,13 +81,11 @@ def row_sums(found: Mapping[EvaluationRun, dict]) -> dict[str, tuple[float, floa
         spans[run.protocol] = {row["place"]: Span(*(row[name] for name in Span._fields)) for row in rows}
     raw, scaled = spans["stock"], spans["tuned"]
     scale = {place: raw[place].high / scaled[place].high for place in raw}
+    covered = [(row.least * scale[place], row.most * scale[place]) for place, row in scaled.items()]
     return {
-        "sums in the shipped network": (min(s.low for s in raw.values()), max(s.high for s in raw.values())),
-        "tuned's range": (
-            max(s.least * scale[place] for place, s in scaled.items()),
-            min(s.most * scale[place] for place, s in scaled.items()),
-        ),
-        "CrypTen within 1 %": (max(s.least for s in raw.values()), min(s.most for s in raw.values())),
+        "CrypTen within 1 %": (max(row.least for row in raw.values()), min(row.most for row in raw.values())),
+        "sums in this network": (min(row.low for row in raw.values()), max(row.high for row in raw.values())),
+        "tuned": (max(least for least, _ in covered), min(most for _, most in covered)),
     }
 
 
@@ -130,7 +129,7 @@ def normalizer_weights(c: float = 1.0, d: float = 1.0) -> pd.DataFrame:
     scores = torch.linspace(-6, 6, 121)
     tables = []
     for name in ("softmax", "2quad", "2relu", "l2q"):
-        options = {"granularity": "global", "initial_c": c, "initial_d": d} if name == "l2q" else {}
+        options: dict[str, Any] = {"granularity": "global", "initial_c": c, "initial_d": d} if name == "l2q" else {}
         with torch.no_grad():
             row = NORMALIZERS[name](**options)(scores.reshape(1, 1, 1, -1)).flatten()
         tables.append(pd.DataFrame({"score": scores, "weight": row, "normalizer": name}))
