@@ -107,21 +107,31 @@ def reciprocal_errors(reciprocal: Callable[[np.ndarray], np.ndarray], bits: int 
 # What a network would cost, and normalisers
 
 
+QUANTITIES = {"rounds": ("rounds", 1), "MB one way": ("bytes", 1e6), "dealer's MB": ("offline_bytes", 1e6)}
+
+
 def costs(method: str, baseline: str = "SA softmax", network: str = "cct_7_3x1") -> dict[str, pd.DataFrame]:
     """Rounds and bytes of a method beside a baseline's, with both protocols: a table by kind per quantity.
 
-    Exact, from shapes alone. The first row, the baseline with `stock`, is the longest of the paper's methods, so that
-    axes stay as they are whatever method stands beside it.
+    Exact, from shapes alone.
     """
     networks = {name: preset(network, name) for name in dict.fromkeys([baseline, method])}
     counted = {protocol: latency.estimated(networks, protocol) for protocol in ("stock", "tuned")}
-    panels = {"rounds": ("rounds", 1), "MB one way": ("bytes", 1e6), "dealer's MB": ("offline_bytes", 1e6)}
     tables = {}
-    for label, (quantity, unit) in panels.items():
+    for label, (quantity, unit) in QUANTITIES.items():
         each = {protocol: latency.by_kind(rows, quantity) / unit for protocol, rows in counted.items()}
-        rows = {f"{name}, {protocol}": each[protocol].loc[name] for name in networks for protocol in each}
-        tables[label] = pd.DataFrame(rows).T
+        tables[label] = pd.DataFrame({f"{name}, {p}": each[p].loc[name] for name in networks for p in each}).T
     return tables
+
+
+def longest(network: str = "cct_7_3x1") -> list[float]:
+    """The most that one of the paper's methods needs of each of `QUANTITIES`: where axes end that are to stay.
+
+    It is SA softmax's or, of rounds, EA softmax's, which normalises twice; with `stock`.
+    """
+    rows = latency.estimated({name: preset(network, name) for name in ("SA softmax", "EA softmax")}, "stock")
+    by_method = rows.groupby("method", observed=True)
+    return [float(by_method[quantity].sum().max() / unit) for quantity, unit in QUANTITIES.values()]
 
 
 def normalizer_weights(c: float = 1.0, d: float = 1.0) -> pd.DataFrame:
@@ -129,7 +139,9 @@ def normalizer_weights(c: float = 1.0, d: float = 1.0) -> pd.DataFrame:
     scores = torch.linspace(-6, 6, 121)
     tables = []
     for name in ("softmax", "2quad", "2relu", "l2q"):
-        options: dict[str, Any] = {"granularity": "global", "initial_c": c, "initial_d": d} if name == "l2q" else {}
+        options: dict[str, Any] = (
+            {"granularity": "global", "initial_c": float(c), "initial_d": float(d)} if name == "l2q" else {}
+        )
         with torch.no_grad():
             row = NORMALIZERS[name](**options)(scores.reshape(1, 1, 1, -1)).flatten()
         tables.append(pd.DataFrame({"score": scores, "weight": row, "normalizer": name}))
