@@ -78,6 +78,12 @@ def test_what_the_notebook_concludes_of_the_sums_is_on_record(found):
     assert large.tokens == 256
 
 
+def test_with_random_weights_both_protocols_are_right():
+    for protocol in tour.PROTOCOLS:
+        record = store.find(PrivateRun(tour.SHIPPED.network, protocol), "reference")
+        assert record["metrics"]["faithful"] and "Here `stock` is right as well (`faithful`)" in TEXT
+
+
 def test_the_reciprocal_by_hand_is_what_crypten_computes():
     """Where CrypTen's own holds and where it does not, for one process without a peer."""
     stock.crypten.init()
