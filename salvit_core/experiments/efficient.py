@@ -351,11 +351,27 @@ def look(model: nn.Module, image: torch.Tensor, layer: int, head: int) -> np.nda
 
 
 def with_weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
-    """The trainings on one data set whose weights are here, and have maps of tokens, by method.
+    """The trainings on one data set whose weights are here, and have maps of tokens, by method; none without images."""
+    return _weights(plan, data, source) if _images(data, source) else {}
 
-    For the project's own records the images must be here too: eight pictures are not worth a download.
-    """
-    if source == "reference" and data == "cifar10" and not Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir():
-        return {}
+
+def said_of_absent_maps(plan: Mapping, data: str, source: str) -> str:
+    """Markdown: what the maps lack."""
+    here = len(_weights(plan, data, source))
+    if not here:
+        return f"No maps: no weights of these networks are on record ({source})."
+    return (
+        f"No maps: weights of {here} networks are on record, the images of {data} are not here. Looking at the "
+        "project's own records downloads nothing; a local study does, and then they are drawn."
+    )
+
+
+def _weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
+    """External attention moves nothing between tokens."""
     runs = {method: run for (name, method), run in plan.items() if name == data and not method.startswith("EA")}
     return {method: run for method, run in runs.items() if store.path(run, source, ".pt").exists()}
+
+
+def _images(data: str, source: str) -> bool:
+    """Eight pictures are not worth a download."""
+    return source != "reference" or data != "cifar10" or Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir()

@@ -1,6 +1,6 @@
 """What a private inference costs: by kind of operation, and as a fraction of the baseline's beside the paper's."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,7 +13,12 @@ from .style import STYLE, WIDTH, Look, look, looks, order, refuse_empty, refuse_
 BESIDES: dict[Hashable, Look] = {"offline": Look("0.4", "////", (1, 0), "o"), "link": Look("0.8", "....", (1, 0), "s")}
 
 
-def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None = None, note: str = "") -> Figure:
+def stacked_kinds(
+    panels: dict[str, pd.DataFrame],
+    spread: pd.DataFrame | None = None,
+    note: str = "",
+    ends: Mapping[str, float] | None = None,
+) -> Figure:
     """What each method costs, stacked by kind of operation, one panel per quantity.
 
     Args:
@@ -23,6 +28,7 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None =
             Categorical, and in that of the columns otherwise.
         spread: for the first panel: one row per method with the columns low and high of its total.
         note: what was measured, on what; printed under the figure.
+        ends: axis label to the value that its axis goes to, so that figures of other methods compare with this one.
 
     Raises:
         ValueError: no panel, or an empty one.
@@ -45,6 +51,8 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], spread: pd.DataFrame | None =
                 left = left + length
             axis.set_xlabel(label)
             axis.margins(x=0.02)
+            if ends is not None and label in ends:
+                axis.set_xlim(0, 1.02 * ends[label])
         if spread is not None:
             total = next(iter(panels.values())).sum(axis=1)
             error = [(total - spread["low"]).clip(lower=0), (spread["high"] - total).clip(lower=0)]
