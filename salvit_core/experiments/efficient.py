@@ -269,6 +269,18 @@ GROWING = (
 )
 
 
+# What a figure of growth has on its axes, in the clear and on shares.
+AXES = {
+    "clear": {"mflops": "MFLOPs", "ms": "ms in the clear", "memory_mb": "MB of activations"},
+    "private": {
+        "private_s": "seconds on shares",
+        "private_mb": "MB one way",
+        "dealer_mb": "dealer's MB",
+        "rounds": "rounds",
+    },
+}
+
+
 def resolution_runs(size: Profile, seed: int = 0) -> tuple[dict, dict]:
     """One attention layer of each mechanism at several resolutions, by (method, side): in the clear, on shares."""
     brief, long = size.name == "smoke", size.name in ("short", "paper", "reference")
@@ -322,7 +334,8 @@ def said_of_growth(table: pd.DataFrame) -> str:
         lines.append(f"- **{method}** is faster than SA softmax {', '.join(told)}.")
     unpaid = table[table["private_s"].isna()] if "private_s" in table else table
     if len(unpaid):
-        names = ", ".join(f"{row['series']} at {row['tokens']}" for _, row in unpaid.iterrows())
+        sizes = unpaid.groupby("series", observed=True)["tokens"].agg(lambda each: ", ".join(map(str, sorted(each))))
+        names = "; ".join(f"{name} at {each}" for name, each in sizes.items())
         lines.append(f"- Not run on shares here: {names} tokens.")
     return "\n".join(lines)
 

@@ -169,6 +169,32 @@ def by_kind(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
 
 
+def layer_panels(
+    rows: Mapping[str, pd.DataFrame], method: str, quantity: str
+) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    """One method's cost by layer and kind, for a figure: a panel per protocol, and how far its axis goes.
+
+    Args:
+        rows: protocol to a table of `operations` or `estimated`, of one network with several methods.
+        method: one of theirs.
+        quantity: a column of `COSTS`; bytes are given in MB.
+
+    Returns:
+        label to a table with a row per layer, and label to the most that a layer of any method costs, so that figures
+        of two methods compare.
+    """
+    panels, ends = {}, {}
+    for protocol, table in rows.items():
+        scale, unit = (1e6, quantity.replace("bytes", "MB")) if "bytes" in quantity else (1, quantity)
+        label = f"{unit.replace('_', ' ')}, {protocol}"
+        each = ["method", "layer", "kind"]
+        parts = table.groupby([*each, "query"], observed=True)[quantity].sum().groupby(each, observed=True).median()
+        kinds = parts.xs(method, level="method").unstack(fill_value=0) / scale
+        panels[label] = kinds.loc[table.loc[table["method"] == method, "layer"].unique()]
+        ends[label] = float(parts.groupby(["method", "layer"], observed=True).sum().max() / scale)
+    return panels, ends
+
+
 def costs(record: dict, statistic: str = "median") -> dict[str, float]:
     """What one query of a record cost: see `COSTS`.
 
