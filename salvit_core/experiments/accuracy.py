@@ -83,6 +83,11 @@ def variant_costs(asked: Mapping[PrivateRun, str], found: Mapping[PrivateRun, di
     return latency.operations({run: found[run] for run in kept}, {run: asked[run] for run in kept})
 
 
+def counted_variants(shape: str) -> pd.DataFrame:
+    """Rounds and bytes of the variants of a preset with `tuned`, from shapes: all of one version of the code."""
+    return latency.estimated({name: preset(shape, attention="self", **changes) for name, changes in VARIANTS.items()})
+
+
 def cost_of_learning(rows: pd.DataFrame, mean: pd.Series, data: str) -> pd.DataFrame:
     """What each variant costs in private, its normalisers' part, and the accuracy it has on a data set."""
     table = latency.totals(rows, baseline="softmax")
@@ -99,7 +104,7 @@ def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFra
     Args:
         table: `summary`.
         cost: `cost_of_learning` with stock.
-        tuned: operations of the variants with tuned; may be empty.
+        tuned: `counted_variants`.
         seeds: how many seeds each variant has.
     """
     mean, lines = table["accuracy"].unstack(0), []
@@ -120,15 +125,15 @@ def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFra
             f"{rounds['L2Q element-wise'] - rounds['2Quad']} rounds more. All of it is $D$, a product of two secrets. "
             f"$C$ is an addition, local: C only moves {mb['L2Q, C only']:.0f} MB."
         )
-    if "L2Q element-wise" in set(tuned.get("method", ())):
-        told = [
-            f"{variant} {line['megabytes']:.1f} MB in {line['rounds']:.0f} rounds, {line['seconds']:.1f} s"
-            for variant, line in latency.totals(tuned, baseline="2Quad").iterrows()
-        ]
-        lines.append(
-            f"- **With `tuned`** the whole network has: {', '.join(told)}. There the server, which knows C and D, "
-            "multiplies by them without a message: element-wise learning is as free as the paper says."
-        )
+    counted = tuned.groupby("method", observed=True)[["rounds", "bytes"]].sum()
+    told = [f"{name} {line['bytes'] / 1e6:.1f} MB in {line['rounds']:.0f} rounds" for name, line in counted.iterrows()]
+    more = counted.loc["L2Q element-wise"] - counted.loc["2Quad"]
+    lines.append(
+        f"- **With `tuned`** the whole network has (exact, from shapes): {', '.join(told)}. There the server, which "
+        "knows C and D, multiplies by them without a message: an entry's own cost what one pair for the network "
+        f"costs. What L2Q has more than 2Quad, {more['rounds']:.0f} rounds and {more['bytes'] / 1e6:.1f} MB, is the "
+        "exact truncation of its squares."
+    )
     return "\n".join(lines)
 
 
@@ -253,9 +258,11 @@ COSTS = ("seconds", "rounds", "bytes")
 
 
 def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
-    """`results` with the median cost of a query with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
+    """`results` with the least cost of the queries with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
 
-    seconds_low, seconds_high and the like are the range over the queries. Columns of a protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
+    The least, because these networks are small: what else the machine does adds more to a query than the networks
+    differ by, and only ever adds. seconds_low, seconds_high and the like are the range over the queries. Columns of a
+    protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
     """
     timed: dict[tuple[str, object], list[dict]] = {}
     for run, record in found.items():
@@ -267,7 +274,7 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
             continue
         for name in names:
             values = [[one[name] for one in timed.get((protocol, measured_as(c)), [])] for c in table["config"]]
-            table[f"{prefix}{name}"] = [pd.Series(each).median() if each else None for each in values]
+            table[f"{prefix}{name}"] = [min(each, default=None) for each in values]
             if name == "seconds":
                 table[f"{prefix}seconds_low"] = [min(each, default=None) for each in values]
                 table[f"{prefix}seconds_high"] = [max(each, default=None) for each in values]
@@ -375,7 +382,7 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
         lines.append(
             "- **Right answers**: with `tuned` "
             + (f"all but {', '.join(wrong)}" if wrong else "all")
-            + " stay in the protocols' range and give the clear network's logits. Latencies are medians of "
+            + " stay in the protocols' range and give the clear network's logits. Latencies are the least of "
             f"{queries}: small differences are the machine's."
         )
     lines.append(

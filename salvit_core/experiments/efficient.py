@@ -274,6 +274,18 @@ GROWING = (
 )
 
 
+# What a figure of growth has on its axes, in the clear and on shares.
+AXES = {
+    "clear": {"mflops": "MFLOPs", "ms": "ms in the clear", "memory_mb": "MB of activations"},
+    "private": {
+        "private_s": "seconds on shares",
+        "private_mb": "MB one way",
+        "dealer_mb": "dealer's MB",
+        "rounds": "rounds",
+    },
+}
+
+
 def resolution_runs(size: Profile, seed: int = 0) -> tuple[dict, dict]:
     """One attention layer of each mechanism at several resolutions, by (method, side): in the clear, on shares."""
     brief, long = size.name == "smoke", size.name in ("short", "paper", "reference")
@@ -328,7 +340,8 @@ def said_of_growth(table: pd.DataFrame) -> str:
         lines.append(f"- **{method}** is faster than SA softmax {', '.join(told)}.")
     unpaid = table[table["private_s"].isna()] if "private_s" in table else table
     if len(unpaid):
-        names = ", ".join(f"{row['series']} at {row['tokens']}" for _, row in unpaid.iterrows())
+        sizes = unpaid.groupby("series", observed=True)["tokens"].agg(lambda each: ", ".join(map(str, sorted(each))))
+        names = "; ".join(f"{name} at {each}" for name, each in sizes.items())
         lines.append(f"- Not run on shares here: {names} tokens.")
     return "\n".join(lines)
 
@@ -357,11 +370,27 @@ def look(model: nn.Module, image: torch.Tensor, layer: int, head: int) -> np.nda
 
 
 def with_weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
-    """The trainings on one data set whose weights are here, and have maps of tokens, by method.
+    """The trainings on one data set whose weights are here, and have maps of tokens, by method; none without images."""
+    return _weights(plan, data, source) if _images(data, source) else {}
 
-    For the project's own records the images must be here too: eight pictures are not worth a download.
-    """
-    if source == "reference" and data == "cifar10" and not Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir():
-        return {}
+
+def said_of_absent_maps(plan: Mapping, data: str, source: str) -> str:
+    """Markdown: what the maps lack."""
+    here = len(_weights(plan, data, source))
+    if not here:
+        return f"No maps: no weights of these networks are on record ({source})."
+    return (
+        f"No maps: weights of {here} networks are on record, the images of {data} are not here. Looking at the "
+        "project's own records downloads nothing; a local study does, and then they are drawn."
+    )
+
+
+def _weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
+    """External attention moves nothing between tokens."""
     runs = {method: run for (name, method), run in plan.items() if name == data and not method.startswith("EA")}
     return {method: run for method, run in runs.items() if store.path(run, source, ".pt").exists()}
+
+
+def _images(data: str, source: str) -> bool:
+    """Eight pictures are not worth a download."""
+    return source != "reference" or data != "cifar10" or Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir()

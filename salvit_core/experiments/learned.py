@@ -147,16 +147,25 @@ def resets(facts: dict) -> pd.DataFrame:
     return table.assign(change=table["accuracy"] - facts["accuracy"])
 
 
-def said(facts: dict, epochs: int) -> str:
-    """Markdown: how far C and D moved, and what their details are worth."""
+def said(facts: dict, training: dict, epochs: int) -> str:
+    """Markdown: how far C and D moved, and what their details are worth.
+
+    Args:
+        facts: metrics of the reading.
+        training: metrics of the training that was read.
+        epochs: of that training.
+    """
+    before, kind = training["test_accuracy"], "bfloat16" if training.get("bf16") else "float32"
+    other = f" (its training, in {kind}, counted {before:.2f} %)" if abs(before - facts["accuracy"]) >= 0.005 else ""
     loss = resets(facts)
     worst = loss.loc[loss["change"].idxmin()]
     ranges = pd.DataFrame(facts["spread"]).groupby("parameter").agg(low=("low", "min"), high=("high", "max"))
     return f"""
 - C ranges from {ranges.low["c"]:.2f} to {ranges.high["c"]:.2f}, D from {ranges.low["d"]:.2f} to
   {ranges.high["d"]:.2f}; both started at 1.
-- The trained network has {facts["accuracy"]:.2f} % on the test images; replacing {worst["replaced"]} by the mean over
-  each {worst["mean over"]} changes that by {worst["change"]:+.2f} points, the largest change of the six.
+- The trained network, read in float32, has {facts["accuracy"]:.2f} % on the test images{other};
+  replacing {worst["replaced"]} by the mean over each {worst["mean over"]} changes that by
+  {worst["change"]:+.2f} points, the largest change of the six.
 - Training length matters to all of this: after {epochs} epochs the parameters have moved only so far. The
   paper trained for 600.
 """

@@ -1,5 +1,6 @@
 """What a private inference costs: by kind of operation, and as a fraction of the baseline's beside the paper's."""
 
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,7 +14,7 @@ RANGE = ["low", "high"]
 SLIM = 4  # a panel whose bars are that many times shorter than those it is compared with is drawn once more, enlarged
 
 
-def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
+def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "", ends: Mapping[str, float] | None = None) -> Figure:
     """What each method costs, stacked by kind of operation, one panel per quantity.
 
     Panels that differ in nothing but the protocol have equal axes.
@@ -24,6 +25,8 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
             and a line is drawn from "low" to "high", the range of the total. Kinds are stacked in the order of the
             categories of the columns, if any panel's are Categorical, and in that of the columns otherwise.
         note: what was measured, on what; printed under the figure.
+        ends: axis label to the value that its axis goes to, so that figures of other methods compare with this one;
+            of panels with equal axes, the larger one's.
 
     Raises:
         ValueError: no panel, or an empty one.
@@ -33,9 +36,13 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
     kinds = [kind for kind in order(*(table.columns for table in panels.values())) if kind not in beside]
     styles = looks([*kinds, *BESIDES])
     most = {label: table.drop(columns=RANGE, errors="ignore").sum(axis=1).max() for label, table in panels.items()}
+    most, ends = most | dict(ends or {}), dict(ends or {})
     for group in compared(panels):
-        slim = [label for label in group if SLIM * most[label] < max(most[other] for other in group)]
-        panels = panels | {f"{label},\nenlarged": panels[label] for label in slim}
+        longest = max(most[label] for label in group)
+        for label in [label for label in group if SLIM * most[label] < longest]:
+            panels = panels | {f"{label},\nenlarged": panels[label]}
+            ends |= {f"{label},\nenlarged": ends[label]} if label in ends else {}
+        ends |= {label: longest for label in group if label in ends}
     with plt.rc_context(STYLE):
         rows = len(next(iter(panels.values())))
         figure, axes = plt.subplots(
@@ -57,7 +64,7 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "") -> Figure:
                 axis.errorbar(left, table.index.astype(str), xerr=error, fmt="none", **whisker)
             axis.set_xlabel(label)
             axis.margins(x=0.04)
-            axis.set_xlim(left=0)
+            axis.set_xlim(0, 1.04 * ends[label] if label in ends else None)
         axes[0][0].invert_yaxis()
         write_legend(figure, 5, handlelength=2.4)
         write_note(figure, note)

@@ -41,6 +41,7 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 
+
 def order(*columns: Column) -> list[Hashable]:
     """The values of columns in order: all categories of those that are Categorical, drawn or not, then the others'.
 
