@@ -300,7 +300,7 @@ def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFr
 
 
 def _at(part: pd.DataFrame, seconds: str) -> pd.DataFrame:
-    """With x, x_low and x_high of a figure: the median cost and its range, where it is known."""
+    """With x, x_low and x_high of a figure: the cost and its range, where it is known."""
     ends = {f"x{end}": part[f"{seconds}{end}"] for end in ("", "_low", "_high") if f"{seconds}{end}" in part}
     return part.assign(**ends)
 

@@ -208,9 +208,12 @@ def _named(machine: dict) -> str:
 
 
 def listing(found: Iterable[dict]) -> pd.DataFrame:
-    """What a notebook made or read: study, key, date, seed, wall time, commit of each record, each once."""
-    columns = ["study", "key", "source", "date", "seed", "wall_seconds", "commit"]
-    every = {(record["study"], record["key"]): record for record in found}
+    """What a notebook made or read: study, key, date, seed, wall time, commit and versions of each record, each once."""
+    columns = ["study", "key", "source", "date", "seed", "wall_seconds", "commit", "versions"]
+    every = {}
+    for record in found:
+        used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        every[record["study"], record["key"]] = {**record, "versions": used}
     return pd.DataFrame(list(every.values()), columns=columns).sort_values(["study", "date"], ignore_index=True)
 
 

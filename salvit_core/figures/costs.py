@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -50,16 +51,17 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "", ends: Mapping
         )
         equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis, (label, table) in zip(axes[0], panels.items(), strict=True):
-            left = pd.Series(0.0, index=table.index)
+            left = np.zeros(len(table))
             for kind, drawn in styles.items():
                 if kind not in table.columns:
                     continue
-                length = table[kind].fillna(0.0)
+                length = table[kind].fillna(0.0).to_numpy()
                 names = table.index.astype(str)
                 axis.barh(names, length, left=left, height=0.72, linewidth=0.3, label=kind, **drawn.bar)
                 left = left + length
             if set(RANGE) <= set(table.columns):
-                error = [(left - table["low"]).clip(lower=0), (table["high"] - left).clip(lower=0)]
+                low, high = (table[end].to_numpy() for end in RANGE)
+                error = np.maximum(0, [left - low, high - left])
                 whisker = {"ecolor": "black", "elinewidth": 0.8, "capsize": 2}
                 axis.errorbar(left, table.index.astype(str), xerr=error, fmt="none", **whisker)
             axis.set_xlabel(label)

@@ -16,8 +16,11 @@ MARKER = 3.5  # points, from the middle of a point to its edge
 GAP = 4.5  # points from the middle of a point to its name, where it is beside it
 REACHES = (0, 3, 6, 9, 13, 17, 22, 28, 35, 44, 55)  # points farther, at the end of a thin line
 SIDES = (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 340, 200, 70, 110, 290, 250)  # degrees, the best ones first
-ORDERS = 6  # in which points choose: the crowded ones first, then as a seeded draw has it
-MOVES = 20  # of a point that found no room to the front, in each
+_AROUND = np.radians(SIDES)
+# What is tried in turn: reach, and a step towards the side.
+TRIED = np.array([(reach, *np.round([np.cos(side), np.sin(side)], 2)) for reach, side in product(REACHES, _AROUND)])
+ORDERS = 4  # in which points choose: the crowded ones first, then as a seeded draw has it
+MOVES = 12  # of a point that found no room to the front, in each
 
 
 def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]]) -> bool:
@@ -38,7 +41,8 @@ def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]
     written: list[Annotation] = []
     for axis in dict.fromkeys(axis for axis, *_ in points):
         part = [(x, y, name) for each, x, y, name in points if each is axis]
-        spots = _nearest(axis, part, True) or _nearest(axis, part, False)
+        curves = [box for curve in axis.lines for box in _along(axis.transData.transform(curve.get_xydata()))]
+        spots = _nearest(axis, part, curves) or (_nearest(axis, part, []) if curves else None)
         if spots is None:
             for each in written:
                 each.remove()
@@ -47,17 +51,17 @@ def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]
     return True
 
 
-Spot = tuple[np.ndarray, int]  # where a name starts, in points from its point, and how far beyond beside it
+Spot = tuple[np.ndarray, float]  # where a name starts, in points from its point, and how far beyond beside it
 
 
-def _nearest(axis: Axes, points: list[tuple[float, float, str]], clear_of_curves: bool) -> dict[int, Spot] | None:
-    """Where the names of one panel are nearest to their points, by number of the point; None where there is no room."""
+def _nearest(axis: Axes, points: list[tuple[float, float, str]], curves: list) -> dict[int, Spot] | None:
+    """Where the names of one panel are nearest to their points, by number of the point; None where there is no room.
+
+    A name does not lie on `curves`; a line from a point to its name may cross them.
+    """
     scale = axis.figure.dpi / 72  # pixels in a point
     places = axis.transData.transform([(x, y) for x, y, _ in points])
     sizes = [_size(axis, name) for *_, name in points]
-    curves = []  # a name does not lie on these; a line to its point may cross them
-    for curve in axis.lines if clear_of_curves else ():
-        curves += _along(axis.transData.transform(curve.get_xydata()))
     named = np.flatnonzero([bool(name) for *_, name in points])
     near = (np.linalg.norm(places[:, None] - places[None], axis=-1) < 40 * scale).sum(0)
     draw, found = np.random.default_rng(0), []
@@ -88,25 +92,22 @@ def _spot(
     frame: np.ndarray, place: np.ndarray, size: np.ndarray, taken: list, curves: list, scale: float
 ) -> Spot | None:
     """Of one name, whose room is then taken."""
-    own = np.array([_box(place - MARKER * scale, place + MARKER * scale)])
-    others, everything = np.array(taken), np.array([*taken, *curves])
-    for reach, side in product(REACHES, SIDES):
-        toward = np.round([np.cos(np.radians(side)), np.sin(np.radians(side))], 2)
-        end = place + (GAP + reach) * scale * toward
-        corner = end + size * (np.sign(toward) - 1) / 2
-        box = _box(corner, corner + size)
-        inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
-        if not inside or _overlap(box, everything):
-            continue
-        line = _along(np.array([place, end])) if reach else []
-        line = [each for each in line if not _overlap(each, own)]
-        if not any(_overlap(each, others) for each in line):
-            taken += [box, *line]
-            return (corner - place) / scale, reach
+    ends = place + (GAP + TRIED[:, :1]) * scale * TRIED[:, 1:]
+    corners = ends + size * (np.sign(TRIED[:, 1:]) - 1) / 2
+    boxes = np.hstack([corners, corners + size])
+    inside = (boxes[:, :2] >= frame[:2]).all(1) & (boxes[:, 2:] <= frame[2:]).all(1)
+    others, own = np.array(taken), _box(place - MARKER * scale, place + MARKER * scale)[None]
+    for i in np.flatnonzero(inside & ~_overlap(boxes, np.array([*taken, *curves]))):
+        reach = TRIED[i, 0]
+        line = np.array(_along(np.array([place, ends[i]])) if reach else np.zeros((0, 4)))
+        line = line[~_overlap(line, own)]
+        if not _overlap(line, others).any():
+            taken += [boxes[i], *line]
+            return (corners[i] - place) / scale, reach
     return None
 
 
-def _annotate(axis: Axes, point: tuple[float, float, str], offset: np.ndarray, reach: int) -> Annotation:
+def _annotate(axis: Axes, point: tuple[float, float, str], offset: np.ndarray, reach: float) -> Annotation:
     x, y, name = point
     thin = {"arrowstyle": "-", "color": "0.55", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
     options = {"xytext": tuple(offset), "textcoords": "offset points", "ha": "left", "va": "bottom"}
@@ -137,8 +138,10 @@ def _along(corners: np.ndarray) -> list[np.ndarray]:
     return boxes
 
 
-def _overlap(box: np.ndarray, others: np.ndarray) -> bool:
-    return bool(((box[:2] < others[:, 2:]) & (others[:, :2] < box[2:])).all(1).any())
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the boxes lies on any of the others."""
+    boxes = boxes[:, None]
+    return ((boxes[..., :2] < others[:, 2:]) & (others[:, :2] < boxes[..., 2:])).all(-1).any(-1)
 
 
 _PROTOCOL = re.compile(r"\b(" + "|".join(PROTOCOLS) + r")\b")
