@@ -152,10 +152,11 @@ def said(facts: dict, training: dict, epochs: int) -> str:
 
     Args:
         facts: metrics of the reading.
-        training: metrics of the training that was read.
+        training: the record of the training that was read; an older one says in its recipe alone that it was bfloat16.
         epochs: of that training.
     """
-    before, kind = training["test_accuracy"], "bfloat16" if training.get("bf16") else "float32"
+    before = training["metrics"]["test_accuracy"]
+    kind = "bfloat16" if training["metrics"].get("bf16", training["config"]["recipe"]["bf16"]) else "float32"
     other = f" (its training, in {kind}, counted {before:.2f} %)" if abs(before - facts["accuracy"]) >= 0.005 else ""
     loss = resets(facts)
     worst = loss.loc[loss["change"].idxmin()]

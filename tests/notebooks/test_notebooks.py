@@ -32,10 +32,8 @@ PICTURES = {
         "choices_accuracy_latency",
     ],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_drift",
-        "encrypted_precision",
+    "05": ["encrypted_accuracy", "encrypted_drift", "encrypted_precision"],
+    "09": [
         "table_4_stock_and_tuned",
         "links_modelled",
         "links_emulated",
@@ -74,9 +72,8 @@ TABLES = {
     "02": ["figure_7_private_cost"],
     "03": ["table_6_search", "table_4_accuracy_latency", "choices_alpha"],
     "04": ["figure_9_learned_parameters", "figure_9_reset_to_means"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_precision",
+    "05": ["encrypted_accuracy", "encrypted_precision", "encrypted_ranges"],
+    "09": [
         "table_4_encrypted_latency",
         "links_modelled",
         "links_emulated",
@@ -167,7 +164,7 @@ def test_the_projects_own_records_are_shown(root):
     reference = root / "data" / "reference"
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     runs = set((root / "data" / "runs").rglob("*"))
-    done = run(root, "00,01,02,03,04,05,06,07,08", "records=reference", "profile=reference")
+    done = run(root, "00,01,02,03,04,05,06,07,08,09", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs
