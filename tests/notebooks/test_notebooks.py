@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("notebooks")]  # one root, in order
 # What each notebook leaves in figures/: pictures (PNG and PDF) and tables (CSV).
 PICTURES = {
-    "00": ["tour_one_private_inference", "estimated_costs", "figure_normalizer_curves"],
+    "00": [
+        "tour_shares",
+        "protocol_two_parties",
+        "reciprocal_domain",
+        "tour_one_private_inference",
+        "estimated_costs",
+        "figure_normalizer_curves",
+    ],
     "01": [
         "table_3_latency_by_operation",
         "table_3_bytes_and_rounds",
