@@ -65,14 +65,13 @@ def test_what_tuned_moves_in_notebook_02_is_of_one_version():
 
 def test_notebook_04_names_the_precision_of_either_accuracy():
     run = SIZE.training("cifar10", SIZE.config("cifar10", "SA L2Q"))
-    training, reading = execute.ensure(run, "reference"), execute.ensure(LearnedRun(run), "reference")["metrics"]
-    before = training["metrics"]["test_accuracy"]
+    training, reading = (execute.ensure(each, "reference")["metrics"] for each in (run, LearnedRun(run)))
+    before = training["test_accuracy"]
     assert run.recipe.bf16 and before != reading["accuracy"]
-    said = learned.said(reading, training, 6)
+    said = learned.said(reading, training, run.recipe)
     assert f"read in float32, has {reading['accuracy']:.2f} %" in said
     assert f"(its training, in bfloat16, counted {before:.2f} %)" in said
-    same = {"metrics": {"test_accuracy": reading["accuracy"], "bf16": True}, "config": training["config"]}
-    assert "(its training" not in learned.said(reading, same, 6)
+    assert "(its training" not in learned.said(reading, {"test_accuracy": reading["accuracy"]}, run.recipe)
 
 
 def test_stock_s_seconds_are_one_number_in_notebooks_01_and_09():
