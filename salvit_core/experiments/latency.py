@@ -159,14 +159,24 @@ def totals(rows: pd.DataFrame, baseline: str = "SA softmax") -> pd.DataFrame:
     return table
 
 
-def by_kind(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def by_kind(rows: pd.DataFrame, quantity: str, ranges: bool = False) -> pd.DataFrame:
     """One row per method, one column per kind of operation: the median over the queries of a cost.
 
     Where the rows are of several protocols, one row per protocol and method. The columns are categories of all kinds.
+
+    Args:
+        rows: a table of `operations`.
+        quantity: a cost in it.
+        ranges: also low and high, the range of a query's whole cost, if any method has several queries.
     """
     by = _by(rows)
     per_query = rows.groupby([*by, "query", "kind"], observed=True)[quantity].sum()
-    return per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    table = per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    whole = per_query.groupby([*by, "query"], observed=True).sum().groupby(by, observed=True)
+    if ranges and (whole.size() > 1).any():
+        table.columns = table.columns.add_categories(["low", "high"])
+        table[["low", "high"]] = whole.agg(["min", "max"])
+    return table
 
 
 def layer_panels(
