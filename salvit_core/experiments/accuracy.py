@@ -1,6 +1,7 @@
 """Accuracy of trained networks, as tables: the ablations of L2Q, searches and their rivals, ours beside the paper's."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from ..models import cost
 from ..models.cct import CCT
 from ..models.config import CCTConfig, TransformerConfig, config_of, preset
 from ..models.rows import ROWS
-from ..private.links import Link
+from ..private.links import LINKS, Link
+from ..search.priced import PricedSearch
 from . import latency
 from .profiles import Profile
 from .runs import PrivateRun, SearchRun, TrainRun
@@ -220,19 +222,17 @@ def paths(table: pd.DataFrame, data: str, searches: Mapping[str, str]) -> pd.Dat
     return pd.DataFrame(rows, columns=["search", "layer", "epoch", "alpha"])
 
 
-def table_6(table: pd.DataFrame, data: str, known: Iterable[int]) -> pd.DataFrame:
-    """Accuracy by search and budget, ours beside the paper's (4-head networks of 7 or 9 layers)."""
-    paper = latency.paper(6)
-    mine = table.query("dataset == @data").set_index("method")["accuracy"]
-    compared = data if data in set(paper["dataset"]) else "cifar10"
-    rows = []
-    for b in known:
-        for search in ("SAS-L", "SAS-L-WC", "random", "SAS-H"):
-            theirs = paper.query("dataset == @compared and search == @search and heads_self == 4 * @b")
-            said = theirs["accuracy_percent"].iloc[0] if len(theirs) else None
-            ours = mine.get(f"{search} B={b}")
-            rows.append(dict(dataset=data, B=b, search=search, accuracy=ours, paper=said, paper_data=compared))
-    return pd.DataFrame(rows)
+def table_6(table: pd.DataFrame, sets: Iterable[str], known: Iterable[int]) -> pd.DataFrame:
+    """Accuracy by data set, budget and search, ours beside the paper's (4-head networks of 7 or 9 layers)."""
+    paper, rows = latency.paper(6), []
+    for data, b, search in itertools.product(sets, known, ("SAS-L", "SAS-L-WC", "random", "SAS-H")):
+        mine = table.query("dataset == @data").set_index("method")["accuracy"]
+        compared = data if data in set(paper["dataset"]) else "cifar10"
+        theirs = paper.query("dataset == @compared and search == @search and heads_self == 4 * @b")
+        said = theirs["accuracy_percent"].iloc[0] if len(theirs) else None
+        ours = mine.get(f"{search} B={b}")
+        rows.append(dict(dataset=data, B=b, search=search, accuracy=ours, paper=said, paper_data=compared))
+    return pd.DataFrame(rows).set_index(["dataset", "B", "search"])
 
 
 # Private latency of what was trained
@@ -281,10 +281,13 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
     return table
 
 
-def cost_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that `with_costs` added."""
+def table_4(table: pd.DataFrame) -> pd.DataFrame:
+    """`with_costs` to be read: by data set and method, megabytes for bytes, of the costs that are on record."""
     every = [*COSTS, *(f"tuned_{name}" for name in (*COSTS, "faithful"))]
-    return [name for name in every if name in table]
+    shown = table[["dataset", "method", "accuracy", *(name for name in every if name in table), "parameters", "flops"]]
+    shown = shown.assign(**{name: shown[name] / 1e6 for name in ("bytes", "tuned_bytes", "flops") if name in shown})
+    names = {"bytes": "mb", "tuned_bytes": "tuned_mb", "tuned_faithful": "tuned_right", "flops": "mflops"}
+    return shown.rename(columns=names).set_index(["dataset", "method"])
 
 
 _SERIES = ["SAL-ViT", *ROWS, *(f"{name} (KD)" for name in ("SA 2Quad", "SAL-ViT", "MPCViT")), "MPCViT"]
@@ -330,6 +333,32 @@ def figure_6(table: pd.DataFrame, data: str, b: int, seconds: str) -> pd.DataFra
     return _at(part, seconds).assign(method=part["method"].map(names), series=series)
 
 
+def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[str, dict[str, pd.DataFrame]]:
+    """The panels of Figures 1, 5 and 6, by the file that they go to; a figure that would be empty is left out.
+
+    Figure 1 is of the first data set, beside it the paper's of CIFAR-10; Figure 5 of CIFAR-100 and Tiny-ImageNet, ours
+    where there is it, and the paper's; Figure 6 of SAS-L at one budget with each normaliser.
+
+    Args:
+        table: `with_costs`.
+        sets: the data sets.
+        b: the budget of Figure 6.
+    """
+    first, others = next(iter(sets)), ("cifar100", "tiny_imagenet")
+    published = {f"paper, {name}": paper_panel(name) for name in others}
+    made = {"figure_1_accuracy_latency": {**panels(table, first), "paper, cifar10": paper_panel("cifar10")}}
+    mine = {title: each for name in others if name in sets for title, each in panels(table, name).items()}
+    for protocol, name in (("stock", "figure_5_accuracy_latency"), ("tuned", "figure_5_tuned")):
+        ours = {title: each for title, each in mine.items() if title.endswith(protocol)}
+        if ours or protocol == "stock":
+            made[name] = ours | published
+    for seconds, protocol, name in (("seconds", "stock", "normalizers"), ("tuned_seconds", "tuned", "tuned")):
+        known = {f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds) for data in sets if seconds in table}
+        if known := {title: each for title, each in known.items() if len(each)}:
+            made[f"figure_6_{name}"] = known
+    return made
+
+
 def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
     """What each search chose at a budget, with accuracy and private latency. S is self-attention, E external."""
     names = [f"{search} B={b}" for search in ("SAS-L", "SAS-L-WC", "random", "SAS-H")]
@@ -338,8 +367,9 @@ def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
         " ".join("".join(kind[0].upper() for kind in ([e] if isinstance(e, str) else e)) for e in config.attention)
         for config in part["config"]
     ]
-    part = part.assign(architecture=letters).set_index("method")
-    return part[["architecture", "accuracy", *cost_columns(table), "parameters"]].round(2)
+    shown = table_4(part).droplevel("dataset").drop(columns="mflops")
+    shown.insert(0, "architecture", letters)
+    return shown.round(2)
 
 
 def best(table: pd.DataFrame, column: str) -> list[str]:
@@ -432,6 +462,27 @@ def prices(networks: Mapping[str, TransformerConfig], link: Link) -> dict[str, f
     return made
 
 
+def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str, float]]:
+    """The search among `CHOICES`, in short profiles `FEW_CHOICES`, within what SAL-ViT's attention takes on a WAN.
+
+    That is with self-attention in `middle` layers. Beside the search each choice's price, in seconds.
+    """
+    few = size.name in ("smoke", "quick")
+    known = prices(
+        {name: size.config(data, row) for name, row in CHOICES.items() if not few or name in FEW_CHOICES},
+        LINKS["WAN (Cheetah)"],
+    )
+    config, b = size.config(data, "SA L2Q"), middle(size, data)
+    allowed = round(b * known["self"] + (config.layers - b) * known["external"], 4)
+    return size.choice(data, config, known, allowed, seed), known
+
+
+def chosen_network(search: SearchRun, record: dict) -> PrivateRun:
+    """One query with `tuned` to the network that a search found."""
+    config = dataclasses.replace(search.network, attention=tuple(record["metrics"]["architecture"]))
+    return PrivateRun(config, seed=search.seed)
+
+
 def choice_table(record: dict, known: Mapping[str, float]) -> pd.DataFrame:
     """|alpha| by layer and mechanism, the mechanisms' prices in ms, and what was chosen."""
     searched = record["metrics"]
@@ -441,12 +492,36 @@ def choice_table(record: dict, known: Mapping[str, float]) -> pd.DataFrame:
     return table.assign(chosen=[*searched["architecture"], ""])
 
 
-def choice_panel(table: pd.DataFrame, data: str, record: dict, seconds: float, count: int) -> pd.DataFrame:
-    """SAL-ViT by budget, and what the search among `count` mechanisms found, for a figure."""
+def choice_panel(table: pd.DataFrame, data: str, record: dict, timed: dict, count: int) -> pd.DataFrame:
+    """SAL-ViT by budget, and what the search among `count` mechanisms found, for a figure; `timed` is its query."""
     rivals = table[(table["dataset"] == data) & table["method"].str.match(r"SAS-L B=\d$")]
     rivals = rivals.dropna(subset=["tuned_seconds"])
     name = f"any of {count}"
     points = rivals.assign(x=rivals["tuned_seconds"], series="SA or EA", method=rivals["method"].str[6:])
     points = points[["x", "accuracy", "series", "method"]]
-    points.loc[len(table)] = [seconds, record["metrics"]["test_accuracy"], name, name]
+    points.loc[len(table)] = [latency.costs(timed)["seconds"], record["metrics"]["test_accuracy"], name, name]
     return points
+
+
+def said_of_choice(table: pd.DataFrame, search: SearchRun, record: dict, timed: dict, b: int) -> str:
+    """Markdown: what the search among several mechanisms took for its budget, beside SAL-ViT at budget `b`.
+
+    Args:
+        table: `with_costs`, with SAS-L at `b`.
+        search: of `choice`.
+        record: its.
+        timed: the record of `chosen_network`.
+        b: the budget.
+    """
+    of = search.search
+    assert isinstance(of, PricedSearch)
+    taken, known = record["metrics"]["architecture"], dict(zip(of.choices, of.prices, strict=True))
+    rival = table[(table["dataset"] == search.data) & (table["method"] == f"SAS-L B={b}")].iloc[0]
+    gap = record["metrics"]["test_accuracy"] - rival["accuracy"]
+    return (
+        f"Within {1e3 * of.budget:.0f} ms on a WAN for the attention of all layers (SAL-ViT's at B = {b}) the "
+        f"search among {len(known)} takes {' - '.join(taken)}, {1e3 * sum(known[name] for name in taken):.0f} ms: "
+        f"{gap:+.2f} points against SAL-ViT, whole networks {latency.costs(timed)['seconds']:.2f} s and "
+        f"{rival['tuned_seconds']:.2f} s. One seed, its latency one query: a gap within the spread of seeds is no "
+        "evidence of a better choice."
+    )

@@ -11,14 +11,18 @@ from .style import STYLE, WIDTH, write_note
 
 
 def heat_maps(
-    matrices: Mapping[str, np.ndarray | pd.DataFrame], note: str = "", labels: tuple[str, str] = ("key", "query")
+    matrices: Mapping[str, np.ndarray | pd.DataFrame],
+    note: str = "",
+    labels: tuple[str, str] = ("key", "query"),
+    scale: tuple[float, float] | None = None,
 ) -> Figure:
-    """Matrices side by side, each with its own scale, from its least to its largest value.
+    """Matrices side by side.
 
     Args:
         matrices: title to a matrix (N, K); a DataFrame's rows and columns are named.
         note: what is shown.
         labels: of the columns and of the rows.
+        scale: the least and the largest value of every matrix's colours; each its own where it is left out.
 
     Raises:
         ValueError: no matrix, or an empty one.
@@ -30,6 +34,8 @@ def heat_maps(
         )
         for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
             shown = axis.imshow(np.asarray(matrix), cmap="cividis", aspect="auto", interpolation="nearest")
+            if scale:
+                shown.set_clim(*scale)
             figure.colorbar(shown, ax=axis, shrink=0.8)
             axis.set_title(title)
             if isinstance(matrix, pd.DataFrame):
@@ -67,6 +73,27 @@ def map_grid(images: list[np.ndarray], rows: dict[str, list[np.ndarray]], note: 
                 axis.imshow(picture, cmap="gray" if name == "image" else "cividis", interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        write_note(figure, note)
+    return figure
+
+
+def pictures(named: Mapping[str, np.ndarray], note: str = "") -> Figure:
+    """Pictures side by side, each from black, its least value, to white, its largest; both are named below it.
+
+    Args:
+        named: title to a picture (height, width).
+        note: what is shown.
+
+    Raises:
+        ValueError: no picture, or an empty one.
+    """
+    _refuse_empty({f"picture {title!r}": picture for title, picture in named.items()})
+    with plt.rc_context(STYLE):
+        shape = (WIDTH, 0.9 + WIDTH / max(3, len(named)))
+        figure, axes = plt.subplots(1, len(named), figsize=shape, squeeze=False, layout="constrained")
+        for axis, (title, picture) in zip(axes[0], named.items(), strict=True):
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[], title=title, xlabel=f"{np.min(picture):.2g} to {np.max(picture):.2g}")
         write_note(figure, note)
     return figure
 

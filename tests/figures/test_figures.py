@@ -370,3 +370,10 @@ def test_heat_maps_name_the_rows_and_columns_of_a_table():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "c"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["one", "two"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("head", "layer")
+
+
+def test_heat_maps_share_a_scale_that_is_given():
+    pair = {"a": np.eye(2), "b": 3 * np.eye(2)}
+    for scale, wanted in ((None, [(0, 1), (0, 3)]), ((-1, 4), [(-1, 4), (-1, 4)])):
+        figure = figures.heat_maps(pair, scale=scale)
+        assert [axis.images[0].get_clim() for axis in figure.axes[:2]] == wanted
