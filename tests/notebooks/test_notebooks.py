@@ -35,7 +35,6 @@ PICTURES = {
         "figure_1_accuracy_latency",
         "figure_5_accuracy_latency",
         "figure_6_normalizers",
-        "figure_6_tuned",
         "search_against_the_truth",
         "choices_accuracy_latency",
     ],
