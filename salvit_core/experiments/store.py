@@ -208,12 +208,18 @@ def _named(machine: dict) -> str:
 
 
 def listing(found: Iterable[dict]) -> pd.DataFrame:
-    """What a notebook made or read: study, key, date, seed, wall time, commit and versions of each record, each once."""
-    columns = ["study", "key", "source", "date", "seed", "wall_seconds", "commit", "versions"]
-    every = {}
+    """What a notebook made or read: each record once, by study and date.
+
+    Returns:
+        columns study, key (the eight digits in its file's name), source, date, seed, seconds, commit, and one for each
+        library, its version.
+    """
+    columns, every = ["study", "key", "source", "date", "seed", "seconds", "commit"], {}
     for record in found:
-        used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        every[record["study"], record["key"]] = {**record, "versions": used}
+        columns += [name for name in record["versions"] if name not in columns]
+        seconds, day = round(record["wall_seconds"], 1), record["date"][:16].replace("T", " ")
+        short = {"key": record["key"][:8], "date": day, "seconds": seconds}
+        every[record["study"], record["key"]] = record | short | record["versions"]
     return pd.DataFrame(list(every.values()), columns=columns).sort_values(["study", "date"], ignore_index=True)
 
 

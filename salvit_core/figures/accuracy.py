@@ -108,8 +108,8 @@ def accuracy_against(
         write_note(figure, note)
         if not write_labels(figure, names):
             write_legend(figure, 4)
-            series_named = {str(series) for series in styles}
-            write_labels(figure, [(*place, "" if name in series_named else name) for *place, name in names])
+            known = {str(series) for series in styles}  # the legend names these
+            write_labels(figure, [(axis, x, y, "" if name in known else name) for axis, x, y, name in names])
     return figure
 
 

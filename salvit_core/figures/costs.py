@@ -1,6 +1,7 @@
 """What a private inference costs: by kind of operation, and as a fraction of the baseline's beside the paper's."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,7 +86,7 @@ def ratios_beside_paper(table: pd.DataFrame, note: str = "", baseline: str = "th
         ValueError: the table is empty, or lacks a column.
     """
     # Whose they are, in black and grey: colours are the methods'.
-    labels = {
+    labels: dict[str, tuple[str, dict[str, Any]]] = {
         "complete": ("ours, complete", {"marker": "o", "color": "black"}),
         "without_layernorm": ("ours, without LayerNorm (as in the paper)", {"marker": "s", "color": "0.6"}),
         "paper": ("paper", {"marker": "D", "color": "white"}),

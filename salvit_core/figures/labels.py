@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -68,7 +69,7 @@ def _nearest(axis: Axes, points: list[tuple[float, float, str]], curves: list) -
     for order in [named[np.argsort(-near[named], kind="stable")], *[draw.permutation(named) for _ in range(ORDERS)]]:
         turns = list(order)
         for _ in range(MOVES):
-            spots = _spots(axis.bbox.extents, places, sizes, turns, curves, scale)
+            spots = _spots(np.array(axis.bbox.extents), places, sizes, turns, curves, scale)
             if len(spots) == len(turns):
                 found.append(spots)
                 break
@@ -110,7 +111,7 @@ def _spot(
 def _annotate(axis: Axes, point: tuple[float, float, str], offset: np.ndarray, reach: float) -> Annotation:
     x, y, name = point
     thin = {"arrowstyle": "-", "color": "0.55", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
-    options = {"xytext": tuple(offset), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+    options: dict[str, Any] = {"xytext": tuple(offset), "textcoords": "offset points", "ha": "left", "va": "bottom"}
     label = axis.annotate(name, (x, y), fontsize=SIZE, arrowprops=thin if reach else None, **options)
     label.set_in_layout(False)  # the layout stays that by which the place was found
     return label
@@ -141,7 +142,7 @@ def _along(corners: np.ndarray) -> list[np.ndarray]:
 def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Which of the boxes lies on any of the others."""
     boxes = boxes[:, None]
-    return ((boxes[..., :2] < others[:, 2:]) & (others[:, :2] < boxes[..., 2:])).all(-1).any(-1)
+    return np.any(np.all((boxes[..., :2] < others[:, 2:]) & (others[:, :2] < boxes[..., 2:]), axis=-1), axis=-1)
 
 
 _PROTOCOL = re.compile(r"\b(" + "|".join(PROTOCOLS) + r")\b")

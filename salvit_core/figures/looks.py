@@ -70,10 +70,10 @@ def _family(hue: str, markers: str, names: tuple[str, ...], first: int = 0) -> I
     """Names of one hue, in shades of it; a marker for each, or one for all. `first` sets off dashes and hatches."""
     for i, name in enumerate(names):
         shade = SHADES[i % len(SHADES)]
-        mixed = [part + (1 - part) * shade if shade > 0 else part * (1 + shade) for part in to_rgb(hue)]
+        red, green, blue = (part + (1 - part) * shade if shade > 0 else part * (1 + shade) for part in to_rgb(hue))
         place = first + i
         marker = markers[i % len(markers)]
-        yield name, Look(to_hex(mixed), HATCHES[place % len(HATCHES)], DASHES[place % len(DASHES)], marker)
+        yield name, Look(to_hex((red, green, blue)), HATCHES[place % len(HATCHES)], DASHES[place % len(DASHES)], marker)
 
 
 METHODS = dict(
@@ -117,9 +117,9 @@ _SAME = {
 METHODS |= {name: METHODS[same] for name, same in _SAME.items()}
 METHODS |= {name.lower(): METHODS[name] for name in ("2Quad", "2ReLU", "L2Q")}
 
-_KINDS = ("tokenizer", "LayerNorm", "projection", "scores", "normaliser", "values", "MLP", "activation", "pooling")
-_KINDS += ("head", "convolution", "recurrence", "point-wise", "depth-wise", "fused", "attention")
-KINDS = {kind: look(place) for place, kind in enumerate(_KINDS)}
+_KINDS = "tokenizer LayerNorm projection scores normaliser values MLP activation pooling head convolution recurrence "
+_KINDS += "point-wise depth-wise fused attention"  # those of the accelerator's model
+KINDS = {kind: look(place) for place, kind in enumerate(_KINDS.split())}
 # What stands behind the kinds of operation in a stack: the dealer's seconds, and what a modelled link adds.
 BESIDES = {"offline": Look("0.4", "////", (1, 0), "o"), "link": Look("0.8", "....", (1, 0), "s")}
 

@@ -72,7 +72,7 @@ def looks(*columns: Column) -> dict[Hashable, Look]:
     """
     values = order(*columns)
     named = {value: LOOKS[value] for value in values if isinstance(value, str) and value in LOOKS}
-    places = map(look, itertools.count())
+    places: Iterator[Look] = map(look, itertools.count())
     if named:
         taken = {(part, one.marker) for one in LOOKS.values() for part in (one.color, one.dashes)}
         free = (one for one in map(look, range(60)) if not taken & {(one.color, one.marker), (one.dashes, one.marker)})
