@@ -1,8 +1,8 @@
 """Tables in, matplotlib Figures out, all in one style; nothing here computes a result.
 
-A table carries its order: the place of a value among the categories of its column fixes how it looks in every figure
-(`style.looks`). No mechanism, normaliser or kind of operation is known here by name. `widgets` stands beside this, for
-notebooks: it alone needs ipywidgets.
+Methods, normalisers, kinds of operation, protocols and links look the same in every figure, by name (`looks`); what has
+no name there looks as its place among the categories of its column has it. Panels that differ in the protocol alone
+have equal axes (`labels`). `widgets` stands beside this, for notebooks: it alone needs ipywidgets.
 """
 
 from .accuracy import accuracy_against, accuracy_by_variant, drift

@@ -50,7 +50,6 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "", ends: Mapping
         figure, axes = plt.subplots(
             1, len(panels), figsize=(WIDTH, 1.5 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
         )
-        equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis, (label, table) in zip(axes[0], panels.items(), strict=True):
             left = np.zeros(len(table))
             for kind, drawn in styles.items():
@@ -66,7 +65,10 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "", ends: Mapping
                 whisker = {"ecolor": "black", "elinewidth": 0.8, "capsize": 2}
                 axis.errorbar(left, table.index.astype(str), xerr=error, fmt="none", **whisker)
             axis.set_xlabel(label)
+            axis.use_sticky_edges = False  # of a kind without length, at the end of the bar
             axis.margins(x=0.04)
+        equal_scales(dict(zip(panels, axes[0], strict=True)), margin=0.04)
+        for axis, label in zip(axes[0], panels, strict=True):
             axis.set_xlim(0, 1.04 * ends[label] if label in ends else None)
         axes[0][0].invert_yaxis()
         write_legend(figure, 5, handlelength=2.4)

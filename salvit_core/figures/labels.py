@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
@@ -42,7 +43,9 @@ def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]
     written: list[Annotation] = []
     for axis in dict.fromkeys(axis for axis, *_ in points):
         part = [(x, y, name) for each, x, y, name in points if each is axis]
-        curves = [box for curve in axis.lines for box in _along(axis.transData.transform(curve.get_xydata()))]
+        drawn = [curve.get_xydata() for curve in axis.lines]
+        drawn += [each for some in axis.collections if isinstance(some, LineCollection) for each in some.get_segments()]
+        curves = [box for curve in drawn for box in _along(axis.transData.transform(curve))]
         spots = _nearest(axis, part, curves) or (_nearest(axis, part, []) if curves else None)
         if spots is None:
             for each in written:
@@ -156,8 +159,17 @@ def compared(titles: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def equal_scales(axes: Mapping[str, Axes]) -> None:
-    """Give the panels that are `compared`, by title, one horizontal axis; before anything is drawn in them."""
+def equal_scales(axes: Mapping[str, Axes], margin: float = 0.05) -> None:
+    """Give the panels that are `compared`, by title, one horizontal scale, which holds what is drawn in any of them.
+
+    Args:
+        axes: by title, with everything drawn and their kind of scale, linear or logarithmic, set.
+        margin: on both sides, as a part of the whole.
+    """
     for group in compared(axes):
-        for title in group[1:]:
-            axes[title].sharex(axes[group[0]])
+        low, high = np.transpose([axes[title].dataLim.intervalx for title in group])
+        scale = axes[group[0]].xaxis.get_transform()
+        ends = scale.transform([low.min(), high.max()])
+        wider = scale.inverted().transform(ends + margin * np.ptp(ends) * np.array([-1, 1]))
+        for title in group:
+            axes[title].set_xlim(*wider)

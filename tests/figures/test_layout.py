@@ -256,10 +256,13 @@ def test_a_name_lies_on_no_point_and_no_curve():
     table = points([*METHODS][:9])
     axis = figures.accuracy_against({"ours": table}).axes[0]
     places = axis.transData.transform(table[["x", "accuracy"]])
+    ranges = [each for some in axis.collections for each in some.get_segments()]
+    across = [axis.transData.transform(np.linspace(*each, 200)) for each in ranges]
+    assert len(across) == len(table)
     for text in axis.texts:
         text.get_window_extent()
         box = Text.get_window_extent(text)
-        assert not box.count_contains(places)
+        assert not box.count_contains(places) and not any(box.count_contains(line) for line in across), text.get_text()
     along = pd.DataFrame({"method": ["one", "two"], "series": "SAL-ViT", "x": [1.0, 2.0], "accuracy": [50.0, 50.1]})
     axis = figures.accuracy_against({"ours": along}).axes[0]
     line = axis.transData.transform(np.linspace([1.0, 50.0], [2.0, 50.1], 200))
@@ -281,6 +284,9 @@ def test_panels_that_differ_in_the_protocol_alone_are_compared():
     assert one == other != paper
     assert one[0] < both["ours, tuned"]["x"].min() and one[1] > both["ours, stock"]["x"].max()
     assert drawn.axes[0].get_xscale() == "log"  # nine times apart
+    everything = pd.concat([table[["x", "x_low", "x_high"]] for table in both.values()])
+    whole = everything.max(axis=None) / everything.min(axis=None)
+    assert np.log(one[1] / one[0]) == pytest.approx(1.3 * np.log(whole))  # what is drawn, and a margin
     near = {"ours, stock": points(["SA softmax"]), "ours, tuned": points(["SA softmax"])}
     assert figures.accuracy_against(near).axes[0].get_xscale() == "linear"
 
@@ -302,6 +308,17 @@ def test_panels_that_differ_in_the_protocol_alone_are_compared():
     }
     one, other = limits(figures.dots(links, "seconds", log=True))
     assert one == other
+
+
+def test_a_stack_that_ends_in_a_kind_without_length_keeps_its_margin():
+    costs = pd.DataFrame([[3.0, 0.0]], index=["SA"], columns=["scores", "head"])
+    assert figures.stacked_kinds({"seconds": costs}).axes[0].get_xlim() == (0, pytest.approx(3.12))
+
+
+def test_whole_numbers_have_whole_ticks():
+    rows = {"method": ["B=1", "B=2", "B=3"], "series": "SAL-ViT", "x": [1, 2, 3], "accuracy": [50.0, 60.0, 70.0]}
+    axis = figures.accuracy_against({"ours": pd.DataFrame(rows)}).axes[0]
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_ranges_are_drawn_in_the_directions_in_which_they_are_known():
