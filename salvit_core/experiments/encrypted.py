@@ -35,16 +35,18 @@ def evaluations(trained: Mapping[str, TrainRun | SearchRun], images: int, few: i
 
 
 def besides(plan: Names, source: str) -> Names:
-    """Evaluations of other trained networks that the project has on record, with each protocol's own precision.
+    """Evaluations of other networks, trained on the same data, that the project has on record at a protocol's own bits.
 
     Quantized networks are notebook 07's. Of local records there are none: whose they would be is not known here.
     """
+    known = [run.trained for run in plan.values()]
+    sets = {run.data for run in known}
     every = [run_of(record) for record in store.load("encrypted", source)] if source == "reference" else []
     return {
         (of_network(run.trained.network), run.protocol): run
         for run in every
         if isinstance(run, EvaluationRun) and isinstance(run.trained, TrainRun | SearchRun)
-        if run.bits is None and run.tables is None and run.trained not in {each.trained for each in plan.values()}
+        if run.bits is None and run.tables is None and run.trained not in known and run.trained.data in sets
     }
 
 

@@ -506,5 +506,5 @@ def test_05_leaves_no_trained_network_on_record_out():
     shown = set(plan.values())
     for run in every:
         assert isinstance(run, EvaluationRun)
-        assert run in shown or run.bits is not None or run.tables is not None
+        assert run in shown or run.bits is not None or run.tables is not None or run.trained.data != "cifar10"
     assert encrypted.besides(plan, "local") == {}
