@@ -46,9 +46,9 @@ def width(table: str) -> float:
 
 
 def unrounded(table: str) -> list[str]:
-    """Numbers with more than three decimals and more than four digits that say something."""
+    """Numbers with more than three decimals and more than five digits that say something."""
     numbers = [text for row in cells(table) for text in row if re.fullmatch(r"-?\d+\.\d{4,}", text)]
-    return [text for text in numbers if len(text.lstrip("-0.").replace(".", "")) > 4]
+    return [text for text in numbers if len(text.lstrip("-0.").replace(".", "")) > 5]
 
 
 def faults(root: Path) -> list[str]:

@@ -32,9 +32,9 @@ def test_what_is_too_wide_or_not_rounded_is_named(tmp_path):
         f"05_one, cell 7: {tables.width(table.to_html()):.0f} pixels wide: ['', '']"
     ]
     assert tables.faults(executed(tmp_path / "narrow", levels(3))) == []
-    numbers = pd.DataFrame({"a": ["0.00018", "1321.2600", "12345.678", "0.7791", "0.12345"]})
+    numbers = pd.DataFrame({"a": ["0.00018", "1321.2600", "12345.678", "0.7791", "1.123456"]})
     assert tables.faults(executed(tmp_path / "long", numbers)) == [
-        "05_one, cell 7: not rounded: ['1321.2600', '0.12345']"
+        "05_one, cell 7: not rounded: ['1321.2600', '1.123456']"
     ]
 
 
