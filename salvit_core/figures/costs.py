@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .labels import compared, equal_scales
-from .looks import BESIDES
+from .registry import BESIDES
 from .style import STYLE, WIDTH, looks, order, refuse_empty, refuse_empty_panels, write_legend, write_note
 
 RANGE = ["low", "high"]

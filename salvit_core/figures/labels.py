@@ -11,7 +11,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from .looks import PROTOCOLS
+from .registry import PROTOCOLS
 
 SIZE = 5.5  # points, of a name
 MARKER = 3.5  # points, from the middle of a point to its edge

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from salvit_core import MECHANISMS, METHODS, figures, workspace
-from salvit_core.figures import style
+from salvit_core.figures import registry, style
 from salvit_core.figures.widgets import explore
 
 
@@ -255,7 +255,7 @@ def test_places_look_different_in_colour_and_without_it():
     for one, next_one in itertools.pairwise(many):
         assert one.color != next_one.color and one.hatch != next_one.hatch
         assert one.dashes != next_one.dashes and one.marker != next_one.marker
-    assert len(set(style.MARKERS)) == 12 and len(set(style.HATCHES)) == 11
+    assert len(set(registry.MARKERS)) == 12 and len(set(registry.HATCHES)) == 11
 
 
 def test_hatches_are_seen_on_every_colour():

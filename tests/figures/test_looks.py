@@ -10,7 +10,8 @@ from matplotlib.colors import to_hex, to_rgb
 
 from salvit_core import METHODS, figures
 from salvit_core.experiments import accuracy, replaced
-from salvit_core.figures.looks import BESIDES, KINDS, LINKS, LOOKS, PROTOCOLS
+from salvit_core.figures import diagrams
+from salvit_core.figures.registry import BESIDES, KINDS, LINKS, LOOKS, PROTOCOLS
 from salvit_core.models import operations
 from salvit_core.models.attention import ATTENTION
 from salvit_core.models.normalizers import NORMALIZERS
@@ -168,3 +169,10 @@ def test_every_figure_of_methods_protocols_and_links_uses_them():
     drawn = figures.roofline(layers.assign(utilisation=0.5, cycles=9), 2e9, 1e9).axes[0].collections
     assert {each.get_label(): to_hex(each.get_facecolor()[0]) for each in drawn} == colors(["fused", "attention"])
     assert set(KINDS) == {*operations.KINDS, *accelerator.KINDS}
+
+
+def test_diagrams_have_the_colours_of_the_attentions():
+    assert LOOKS["SA softmax"].color == diagrams.SELF and LOOKS["EA softmax"].color == diagrams.EXTERNAL
+    figure = figures.salvit(("self", "external"), "L2Q", ((3, 32, 32), (64, 64), 10))
+    edges = {to_hex(patch.get_edgecolor()) for axis in figure.axes for patch in axis.patches}
+    assert {diagrams.SELF, diagrams.EXTERNAL} <= edges
