@@ -101,9 +101,9 @@ def comparison(plan: Mapping, trained: Mapping, clear: Mapping, spent: Mapping, 
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`comparison` to be read: rounded, without the ends of ranges, which figures draw."""
-    ends = [name for name in table if name.endswith(("_low", "_high"))]
-    return table.drop(columns=ends).set_index(["dataset", "method"]).round(3)
+    """`comparison` to be read: rounded, without the spread of measurements, which figures draw."""
+    spread = [name for name in table if name.endswith(("_low", "_high")) or name.startswith("iqr_")]
+    return table.drop(columns=spread).set_index(["dataset", "method"]).round(3)
 
 
 def publish(table: pd.DataFrame, name: str) -> None:

@@ -43,6 +43,9 @@ def test_efficient_attention():
     assert_ranges(panels["in the clear"])
     assert_ranges(panels["on shares"])
     assert "x_low" not in panels["FLOPs"]  # these are counted
+    shown = efficient.shown(table)
+    assert {"accuracy", "ms_64", "private_s"} < set(shown) and set(shown) < set(table)
+    assert not {"ms_64_low", "private_s_high", "iqr_64"} & set(shown)
 
 
 def test_growth_and_table_2():
@@ -54,6 +57,17 @@ def test_growth_and_table_2():
     for table in efficient.table_2_panels(rows).values():
         assert (table["low"] < table["high"]).any()
         assert (table["low"] <= table["high"]).all() and (table.drop(columns=["low", "high"]) >= 0).all(axis=None)
+
+
+def test_table_2_is_shown_by_protocol():
+    layers, networks = efficient.table_2_runs(SIZE)
+    found = [execute.recorded(runs.values(), "reference") for runs in (layers, networks)]
+    table = efficient.table_2(layers, found[0], networks, found[1])
+    shown = efficient.shown_table_2(table)
+    assert list(dict.fromkeys(place for place, _ in shown)) == ["stock", "tuned", "paper"]
+    assert list(shown.index) == list(table.index)
+    assert shown["tuned", "s"].tolist() == table["tuned seconds"].astype(float).round(2).tolist()
+    assert shown["stock", "right"].tolist() == table["stock faithful"].tolist()
 
 
 def test_a_variants_totals_are_the_range_that_its_bars_show():
