@@ -1,6 +1,7 @@
 """Accuracy of trained networks, as tables: the ablations of L2Q, searches and their rivals, ours beside the paper's."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from ..models import cost
 from ..models.cct import CCT
 from ..models.config import CCTConfig, TransformerConfig, config_of, preset
 from ..models.rows import ROWS
-from ..private.links import Link
+from ..private.links import LINKS, Link
+from ..search.priced import PricedSearch
 from . import latency
 from .profiles import Profile
 from .runs import PrivateRun, SearchRun, TrainRun
@@ -83,6 +85,11 @@ def variant_costs(asked: Mapping[PrivateRun, str], found: Mapping[PrivateRun, di
     return latency.operations({run: found[run] for run in kept}, {run: asked[run] for run in kept})
 
 
+def counted_variants(shape: str) -> pd.DataFrame:
+    """Rounds and bytes of the variants of a preset with `tuned`, from shapes: all of one version of the code."""
+    return latency.estimated({name: preset(shape, attention="self", **changes) for name, changes in VARIANTS.items()})
+
+
 def cost_of_learning(rows: pd.DataFrame, mean: pd.Series, data: str) -> pd.DataFrame:
     """What each variant costs in private, its normalisers' part, and the accuracy it has on a data set."""
     table = latency.totals(rows, baseline="softmax")
@@ -99,7 +106,7 @@ def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFra
     Args:
         table: `summary`.
         cost: `cost_of_learning` with stock.
-        tuned: operations of the variants with tuned; may be empty.
+        tuned: `counted_variants`.
         seeds: how many seeds each variant has.
     """
     mean, lines = table["accuracy"].unstack(0), []
@@ -120,15 +127,15 @@ def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFra
             f"{rounds['L2Q element-wise'] - rounds['2Quad']} rounds more. All of it is $D$, a product of two secrets. "
             f"$C$ is an addition, local: C only moves {mb['L2Q, C only']:.0f} MB."
         )
-    if "L2Q element-wise" in set(tuned.get("method", ())):
-        told = [
-            f"{variant} {line['megabytes']:.1f} MB in {line['rounds']:.0f} rounds, {line['seconds']:.1f} s"
-            for variant, line in latency.totals(tuned, baseline="2Quad").iterrows()
-        ]
-        lines.append(
-            f"- **With `tuned`** the whole network has: {', '.join(told)}. There the server, which knows C and D, "
-            "multiplies by them without a message: element-wise learning is as free as the paper says."
-        )
+    counted = tuned.groupby("method", observed=True)[["rounds", "bytes"]].sum()
+    told = [f"{name} {line['bytes'] / 1e6:.1f} MB in {line['rounds']:.0f} rounds" for name, line in counted.iterrows()]
+    more = counted.loc["L2Q element-wise"] - counted.loc["2Quad"]
+    lines.append(
+        f"- **With `tuned`** the whole network has (exact, from shapes): {', '.join(told)}. There the server, which "
+        "knows C and D, multiplies by them without a message: an entry's own cost what one pair for the network "
+        f"costs. What L2Q has more than 2Quad, {more['rounds']:.0f} rounds and {more['bytes'] / 1e6:.1f} MB, is the "
+        "exact truncation of its squares."
+    )
     return "\n".join(lines)
 
 
@@ -215,19 +222,17 @@ def paths(table: pd.DataFrame, data: str, searches: Mapping[str, str]) -> pd.Dat
     return pd.DataFrame(rows, columns=["search", "layer", "epoch", "alpha"])
 
 
-def table_6(table: pd.DataFrame, data: str, known: Iterable[int]) -> pd.DataFrame:
-    """Accuracy by search and budget, ours beside the paper's (4-head networks of 7 or 9 layers)."""
-    paper = latency.paper(6)
-    mine = table.query("dataset == @data").set_index("method")["accuracy"]
-    compared = data if data in set(paper["dataset"]) else "cifar10"
-    rows = []
-    for b in known:
-        for search in ("SAS-L", "SAS-L-WC", "random", "SAS-H"):
-            theirs = paper.query("dataset == @compared and search == @search and heads_self == 4 * @b")
-            said = theirs["accuracy_percent"].iloc[0] if len(theirs) else None
-            ours = mine.get(f"{search} B={b}")
-            rows.append(dict(dataset=data, B=b, search=search, accuracy=ours, paper=said, paper_data=compared))
-    return pd.DataFrame(rows)
+def table_6(table: pd.DataFrame, sets: Iterable[str], known: Iterable[int]) -> pd.DataFrame:
+    """Accuracy by data set, budget and search, ours beside the paper's (4-head networks of 7 or 9 layers)."""
+    paper, rows = latency.paper(6), []
+    for data, b, search in itertools.product(sets, known, ("SAS-L", "SAS-L-WC", "random", "SAS-H")):
+        mine = table.query("dataset == @data").set_index("method")["accuracy"]
+        compared = data if data in set(paper["dataset"]) else "cifar10"
+        theirs = paper.query("dataset == @compared and search == @search and heads_self == 4 * @b")
+        said = theirs["accuracy_percent"].iloc[0] if len(theirs) else None
+        ours = mine.get(f"{search} B={b}")
+        rows.append(dict(dataset=data, B=b, search=search, accuracy=ours, paper=said, paper_data=compared))
+    return pd.DataFrame(rows).set_index(["dataset", "B", "search"])
 
 
 # Private latency of what was trained
@@ -253,9 +258,11 @@ COSTS = ("seconds", "rounds", "bytes")
 
 
 def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
-    """`results` with the median cost of a query with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
+    """`results` with the least cost of the queries with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
 
-    Columns of a protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
+    The least, because these networks are small: what else the machine does adds more to a query than the networks
+    differ by, and only ever adds. seconds_low, seconds_high and the like are the range over the queries. Columns of a
+    protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
     """
     timed: dict[tuple[str, object], list[dict]] = {}
     for run, record in found.items():
@@ -267,14 +274,20 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
             continue
         for name in names:
             values = [[one[name] for one in timed.get((protocol, measured_as(c)), [])] for c in table["config"]]
-            table[f"{prefix}{name}"] = [pd.Series(each).median() if each else None for each in values]
+            table[f"{prefix}{name}"] = [min(each, default=None) for each in values]
+            if name == "seconds":
+                table[f"{prefix}seconds_low"] = [min(each, default=None) for each in values]
+                table[f"{prefix}seconds_high"] = [max(each, default=None) for each in values]
     return table
 
 
-def cost_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that `with_costs` added."""
+def table_4(table: pd.DataFrame) -> pd.DataFrame:
+    """`with_costs` to be read: by data set and method, megabytes for bytes, of the costs that are on record."""
     every = [*COSTS, *(f"tuned_{name}" for name in (*COSTS, "faithful"))]
-    return [name for name in every if name in table]
+    shown = table[["dataset", "method", "accuracy", *(name for name in every if name in table), "parameters", "flops"]]
+    shown = shown.assign(**{name: shown[name] / 1e6 for name in ("bytes", "tuned_bytes", "flops") if name in shown})
+    names = {"bytes": "mb", "tuned_bytes": "tuned_mb", "tuned_faithful": "tuned_right", "flops": "mflops"}
+    return shown.rename(columns=names).set_index(["dataset", "method"])
 
 
 _SERIES = ["SAL-ViT", *ROWS, *(f"{name} (KD)" for name in ("SA 2Quad", "SAL-ViT", "MPCViT")), "MPCViT"]
@@ -286,7 +299,13 @@ def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFr
     part = part[part["method"].str.match(r"(SA |EA |SAS-L B=)")]
     series = part["method"].str.replace(r"SAS-L B=\d", "SAL-ViT", regex=True)
     method = part["method"].str.replace("SAS-L ", "")
-    return part.assign(x=part[seconds], series=pd.Categorical(series, _SERIES), method=method)
+    return _at(part, seconds).assign(series=pd.Categorical(series, _SERIES), method=method)
+
+
+def _at(part: pd.DataFrame, seconds: str) -> pd.DataFrame:
+    """With x, x_low and x_high of a figure: the cost and its range, where it is known."""
+    ends = {f"x{end}": part[f"{seconds}{end}"] for end in ("", "_low", "_high") if f"{seconds}{end}" in part}
+    return part.assign(**ends)
 
 
 def panels(table: pd.DataFrame, data: str) -> dict[str, pd.DataFrame]:
@@ -311,7 +330,37 @@ def figure_6(table: pd.DataFrame, data: str, b: int, seconds: str) -> pd.DataFra
     names = {f"SAS-L {n} B={b}": n for n in ("softmax", "2Quad", "2ReLU")} | {f"SAS-L B={b}": "L2Q"}
     part = table[(table["dataset"] == data) & table["method"].isin(list(names))].dropna(subset=[seconds])
     series = pd.Categorical(part["method"].map(names), list(names.values()))
-    return part.assign(method=part["method"].map(names), series=series, x=part[seconds])
+    return _at(part, seconds).assign(method=part["method"].map(names), series=series)
+
+
+def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[str, dict[str, pd.DataFrame]]:
+    """The panels of Figures 1, 5 and 6, by the file that they go to; a figure that would be empty is left out.
+
+    Figure 1 is of the first data set, beside it the paper's of CIFAR-10; Figure 5 of CIFAR-100 and Tiny-ImageNet, ours
+    where there is it, and the paper's; Figure 6 of SAS-L at one budget with each normaliser, with both protocols.
+
+    Args:
+        table: `with_costs`.
+        sets: the data sets.
+        b: the budget of Figure 6.
+    """
+    first, others = next(iter(sets)), ("cifar100", "tiny_imagenet")
+    published = {f"paper, {name}": paper_panel(name) for name in others}
+    made = {"figure_1_accuracy_latency": {**panels(table, first), "paper, cifar10": paper_panel("cifar10")}}
+    mine = {title: each for name in others if name in sets for title, each in panels(table, name).items()}
+    for protocol, name in (("stock", "figure_5_accuracy_latency"), ("tuned", "figure_5_tuned")):
+        ours = {title: each for title, each in mine.items() if title.endswith(protocol)}
+        if ours or protocol == "stock":
+            made[name] = ours | published
+    six = {
+        f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds)
+        for data in sets
+        for protocol, seconds in (("stock", "seconds"), ("tuned", "tuned_seconds"))
+        if seconds in table
+    }
+    if six := {title: each for title, each in six.items() if len(each)}:
+        made["figure_6_normalizers"] = six
+    return made
 
 
 def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
@@ -322,8 +371,9 @@ def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
         " ".join("".join(kind[0].upper() for kind in ([e] if isinstance(e, str) else e)) for e in config.attention)
         for config in part["config"]
     ]
-    part = part.assign(architecture=letters).set_index("method")
-    return part[["architecture", "accuracy", *cost_columns(table), "parameters"]].round(2)
+    shown = table_4(part).droplevel("dataset").drop(columns="mflops")
+    shown.insert(0, "architecture", letters)
+    return shown.round(2)
 
 
 def best(table: pd.DataFrame, column: str) -> list[str]:
@@ -366,7 +416,7 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
         lines.append(
             "- **Right answers**: with `tuned` "
             + (f"all but {', '.join(wrong)}" if wrong else "all")
-            + " stay in the protocols' range and give the clear network's logits. Latencies are medians of "
+            + " stay in the protocols' range and give the clear network's logits. Latencies are the least of "
             f"{queries}: small differences are the machine's."
         )
     lines.append(
@@ -416,6 +466,27 @@ def prices(networks: Mapping[str, TransformerConfig], link: Link) -> dict[str, f
     return made
 
 
+def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str, float]]:
+    """The search among `CHOICES`, in short profiles `FEW_CHOICES`, within what SAL-ViT's attention takes on a WAN.
+
+    That is with self-attention in `middle` layers. Beside the search each choice's price, in seconds.
+    """
+    few = size.name in ("smoke", "quick")
+    known = prices(
+        {name: size.config(data, row) for name, row in CHOICES.items() if not few or name in FEW_CHOICES},
+        LINKS["WAN (Cheetah)"],
+    )
+    config, b = size.config(data, "SA L2Q"), middle(size, data)
+    allowed = round(b * known["self"] + (config.layers - b) * known["external"], 4)
+    return size.choice(data, config, known, allowed, seed), known
+
+
+def chosen_network(search: SearchRun, record: dict) -> PrivateRun:
+    """One query with `tuned` to the network that a search found."""
+    config = dataclasses.replace(search.network, attention=tuple(record["metrics"]["architecture"]))
+    return PrivateRun(config, seed=search.seed)
+
+
 def choice_table(record: dict, known: Mapping[str, float]) -> pd.DataFrame:
     """|alpha| by layer and mechanism, the mechanisms' prices in ms, and what was chosen."""
     searched = record["metrics"]
@@ -425,12 +496,36 @@ def choice_table(record: dict, known: Mapping[str, float]) -> pd.DataFrame:
     return table.assign(chosen=[*searched["architecture"], ""])
 
 
-def choice_panel(table: pd.DataFrame, data: str, record: dict, seconds: float, count: int) -> pd.DataFrame:
-    """SAL-ViT by budget, and what the search among `count` mechanisms found, for a figure."""
+def choice_panel(table: pd.DataFrame, data: str, record: dict, timed: dict, count: int) -> pd.DataFrame:
+    """SAL-ViT by budget, and what the search among `count` mechanisms found, for a figure; `timed` is its query."""
     rivals = table[(table["dataset"] == data) & table["method"].str.match(r"SAS-L B=\d$")]
     rivals = rivals.dropna(subset=["tuned_seconds"])
     name = f"any of {count}"
     points = rivals.assign(x=rivals["tuned_seconds"], series="SA or EA", method=rivals["method"].str[6:])
     points = points[["x", "accuracy", "series", "method"]]
-    points.loc[len(table)] = [seconds, record["metrics"]["test_accuracy"], name, name]
+    points.loc[len(table)] = [latency.costs(timed)["seconds"], record["metrics"]["test_accuracy"], name, name]
     return points
+
+
+def said_of_choice(table: pd.DataFrame, search: SearchRun, record: dict, timed: dict, b: int) -> str:
+    """Markdown: what the search among several mechanisms took for its budget, beside SAL-ViT at budget `b`.
+
+    Args:
+        table: `with_costs`, with SAS-L at `b`.
+        search: of `choice`.
+        record: its.
+        timed: the record of `chosen_network`.
+        b: the budget.
+    """
+    of = search.search
+    assert isinstance(of, PricedSearch)
+    taken, known = record["metrics"]["architecture"], dict(zip(of.choices, of.prices, strict=True))
+    rival = table[(table["dataset"] == search.data) & (table["method"] == f"SAS-L B={b}")].iloc[0]
+    gap = record["metrics"]["test_accuracy"] - rival["accuracy"]
+    return (
+        f"Within {1e3 * of.budget:.0f} ms on a WAN for the attention of all layers (SAL-ViT's at B = {b}) the "
+        f"search among {len(known)} takes {' - '.join(taken)}, {1e3 * sum(known[name] for name in taken):.0f} ms: "
+        f"{gap:+.2f} points against SAL-ViT, whole networks {latency.costs(timed)['seconds']:.2f} s and "
+        f"{rival['tuned_seconds']:.2f} s. One seed, its latency one query: a gap within the spread of seeds is no "
+        "evidence of a better choice."
+    )

@@ -88,13 +88,22 @@ def comparison(plan: Mapping, trained: Mapping, clear: Mapping, spent: Mapping, 
             row |= {"ms_1": times["1"].median(), "iqr_1": times["1"].quantile(0.75) - times["1"].quantile(0.25)}
             row |= {"ms_64": times["64"].median() / 64}
             row |= {"iqr_64": times["64"].quantile([0.25, 0.75]).diff().iloc[1] / 64}
+            row |= {"ms_64_low": times["64"].min() / 64, "ms_64_high": times["64"].max() / 64}
         if there := [on_shares[each] for each in private[which] if each in on_shares]:
-            cost = pd.DataFrame([latency.costs(record) for record in there]).median()
+            queries = pd.DataFrame([latency.costs(record) for record in there])
+            cost = queries.median()
             row |= {"private_s": cost["seconds"], "private_mb": cost["bytes"] / 1e6, "rounds": int(cost["rounds"])}
+            row |= {"private_s_low": queries["seconds"].min(), "private_s_high": queries["seconds"].max()}
             row |= {"dealer_mb": cost["offline_bytes"] / 1e6}
             row |= {"error": max(record["metrics"]["logit_error"] for record in there)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`comparison` to be read: rounded, without the spread of measurements, which figures draw."""
+    spread = [name for name in table if name.endswith(("_low", "_high")) or name.startswith("iqr_")]
+    return table.drop(columns=spread).set_index(["dataset", "method"]).round(3)
 
 
 def publish(table: pd.DataFrame, name: str) -> None:
@@ -114,7 +123,10 @@ COSTS = {
 def panels(table: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Accuracy against each cost that is there, for a figure: panels and the labels of their axes, by title."""
     series = pd.Categorical(table["method"], list(ROWS))
-    made = {column: table.assign(x=table[column], series=series) for column in COSTS if column in table}
+    made = {}
+    for column in (name for name in COSTS if name in table):
+        ends = {f"x{end}": table[f"{column}{end}"] for end in ("", "_low", "_high") if f"{column}{end}" in table}
+        made[column] = table.assign(series=series, **ends)
     made = {column: part.dropna(subset=["x"]) for column, part in made.items()}
     made = {column: part for column, part in made.items() if len(part)}
     titles = {column: COSTS[column] for column in made}
@@ -229,12 +241,22 @@ def table_2(runs: Mapping, found: Mapping, networks: Mapping, whole: Mapping) ->
     return table.rename_axis("method")
 
 
+def shown_table_2(table: pd.DataFrame) -> pd.DataFrame:
+    """`table_2` to be read: rounded, under the protocols' names and the paper's; what is not on record is left out."""
+    names = {"seconds": "s", "ratio": "ratio", "network s": "network s", "rounds": "rounds", "mb": "MB"}
+    names |= {"most": "most", "faithful": "right"}
+    columns = {(protocol, names[name]): f"{protocol} {name}" for protocol in ("stock", "tuned") for name in names}
+    columns |= {("paper", name): f"paper {name}" for name in ("ratio", "bottleneck")}
+    made = pd.DataFrame({place: table[name] for place, name in columns.items()}).dropna(axis=1, how="all")
+    numbers = [place for place in made if place[1] not in ("most", "right", "bottleneck", "rounds")]
+    return made.astype(dict.fromkeys(numbers, float)).round(2)
+
+
 def table_2_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Seconds of one attention layer by method and kind, a panel per protocol."""
+    """Seconds of one attention layer by method and kind, with the range over the queries, a panel per protocol."""
     drawn = {}
     for protocol, part in rows.groupby("protocol"):
-        kinds = part.groupby(["method", "kind", "query"], observed=True)["seconds"].sum()
-        table = kinds.groupby(["method", "kind"], observed=True).median().unstack(fill_value=0)
+        table = latency.by_kind(part, "seconds", ranges=True)
         there = [name for name in TABLE_2 if name in table.index]
         drawn[f"{protocol}: seconds per layer"] = table.loc[there]
     return drawn
@@ -269,6 +291,18 @@ GROWING = (
 )
 
 
+# What a figure of growth has on its axes, in the clear and on shares.
+AXES = {
+    "clear": {"mflops": "MFLOPs", "ms": "ms in the clear", "memory_mb": "MB of activations"},
+    "private": {
+        "private_s": "seconds on shares",
+        "private_mb": "MB one way",
+        "dealer_mb": "dealer's MB",
+        "rounds": "rounds",
+    },
+}
+
+
 def resolution_runs(size: Profile, seed: int = 0) -> tuple[dict, dict]:
     """One attention layer of each mechanism at several resolutions, by (method, side): in the clear, on shares."""
     brief, long = size.name == "smoke", size.name in ("short", "paper", "reference")
@@ -295,7 +329,8 @@ def growth(free: Mapping, grown: Mapping, paid: Mapping, bought: Mapping) -> pd.
             continue
         found = grown[run]["metrics"]
         row = {"series": method, "tokens": run.network.tokens, "side": side, "mflops": found["flops"] / 1e6}
-        row |= {"memory_mb": found["memory"] / 1e6, "ms": 1e3 * pd.Series(found["seconds"]["1"]).median()}
+        times = 1e3 * pd.Series(found["seconds"]["1"])
+        row |= {"memory_mb": found["memory"] / 1e6, "ms": times.median(), "ms_low": times.min(), "ms_high": times.max()}
         if (there := paid.get((method, side))) in bought:
             cost = latency.costs(bought[there])
             row |= {"private_s": cost["seconds"], "private_mb": cost["bytes"] / 1e6, "rounds": cost["rounds"]}
@@ -322,7 +357,8 @@ def said_of_growth(table: pd.DataFrame) -> str:
         lines.append(f"- **{method}** is faster than SA softmax {', '.join(told)}.")
     unpaid = table[table["private_s"].isna()] if "private_s" in table else table
     if len(unpaid):
-        names = ", ".join(f"{row['series']} at {row['tokens']}" for _, row in unpaid.iterrows())
+        sizes = unpaid.groupby("series", observed=True)["tokens"].agg(lambda each: ", ".join(map(str, sorted(each))))
+        names = "; ".join(f"{name} at {each}" for name, each in sizes.items())
         lines.append(f"- Not run on shares here: {names} tokens.")
     return "\n".join(lines)
 
@@ -351,11 +387,27 @@ def look(model: nn.Module, image: torch.Tensor, layer: int, head: int) -> np.nda
 
 
 def with_weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
-    """The trainings on one data set whose weights are here, and have maps of tokens, by method.
+    """The trainings on one data set whose weights are here, and have maps of tokens, by method; none without images."""
+    return _weights(plan, data, source) if _images(data, source) else {}
 
-    For the project's own records the images must be here too: eight pictures are not worth a download.
-    """
-    if source == "reference" and data == "cifar10" and not Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir():
-        return {}
+
+def said_of_absent_maps(plan: Mapping, data: str, source: str) -> str:
+    """Markdown: what the maps lack."""
+    here = len(_weights(plan, data, source))
+    if not here:
+        return f"No maps: no weights of these networks are on record ({source})."
+    return (
+        f"No maps: weights of {here} networks are on record, the images of {data} are not here. Looking at the "
+        "project's own records downloads nothing; a local study does, and then they are drawn."
+    )
+
+
+def _weights(plan: Mapping, data: str, source: str) -> dict[str, TrainRun]:
+    """External attention moves nothing between tokens."""
     runs = {method: run for (name, method), run in plan.items() if name == data and not method.startswith("EA")}
     return {method: run for method, run in runs.items() if store.path(run, source, ".pt").exists()}
+
+
+def _images(data: str, source: str) -> bool:
+    """Eight pictures are not worth a download."""
+    return source != "reference" or data != "cifar10" or Path(workspace.ROOT, "data", "cifar-10-batches-py").is_dir()

@@ -50,6 +50,7 @@ EA: dict[str, dict[str, Any]] = {
 
 # What is read off a search, and what the paper calls it.
 RULES = {"top": "SAS-L", "bottom": "SAS-L-WC", "random": "random"}
+READ = {"largest": "SAS-L", "smallest": "SAS-L-WC"}  # what they say of the alphas of the layers that get SA
 
 
 def assignments(config: TransformerConfig) -> list[TransformerConfig]:
@@ -118,6 +119,80 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
             row |= {"mixture": record["metrics"]["nas"][-1]["validation_accuracy"]}
             rows.append(row | {"extracted": record["history"][0]["validation_accuracy"]})
     return pd.DataFrame(rows).set_index(["search", "seed"])
+
+
+def by_budget(table: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """What the searches with L2Q chose beside the best, the mean and the worst assignment of each budget, for a figure.
+
+    Args:
+        table: `truth_table`.
+        chosen: `picks` from it.
+
+    Returns:
+        columns series (Categorical), x (the budget B), accuracy (%, trained from scratch; of several seeds of a search
+            the mean) and method: the assignments, where it is some that stand there, else the series.
+    """
+    rows = []
+    for b, part in table[table["B"].between(1, table["B"].max() - 1)].groupby("B"):
+        mean = part["mean"]
+        rows += [("the best", b, mean.max(), mean.idxmax()), ("a random choice", b, mean.mean(), "a random choice")]
+        rows += [("the worst", b, mean.min(), mean.idxmin())]
+        for rule in READ.values():
+            if len(found := _of_search(chosen, f"{rule} B={b}")):
+                names = list(dict.fromkeys(found["chosen"]))
+                rows.append((rule, b, mean[found["chosen"]].mean(), ", ".join(names)))
+    made = pd.DataFrame(rows, columns=["series", "x", "accuracy", "method"])
+    order = ["the best", "a random choice", "the worst", *READ.values()]
+    return made.assign(series=pd.Categorical(made["series"], order))
+
+
+def _of_search(chosen: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A search's rows of `picks`, all seeds."""
+    return chosen[chosen.index.get_level_values("search") == name]
+
+
+def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
+    """Markdown: how many trainings are behind the truth, and how good what the searches with L2Q chose is in it.
+
+    Args:
+        table: `truth_table`.
+        chosen: `picks` from it.
+    """
+    budgets = range(1, int(table["B"].max()))
+    seeds = chosen.index.get_level_values("seed").nunique()
+    lines = [
+        f"- **The truth so far**: {table['n'].sum()} of {len(table) * SEEDS} trainings, {table['n'].min()} to "
+        f"{table['n'].max()} of {SEEDS} seeds an assignment; {_seeds(seeds)} of the searches. The best of all is "
+        f"{table['mean'].idxmax()} ({table['mean'].max():.2f} %), the worst {table['mean'].idxmin()} "
+        f"({table['mean'].min():.2f} %)."
+    ]
+    for alphas, rule in READ.items():
+        found = {b: part for b in budgets if len(part := _of_search(chosen, f"{rule} B={b}"))}
+        told = [
+            f"{' and '.join(dict.fromkeys(part['chosen']))} at B = {b} loses {part['regret'].mean():.2f} points (a "
+            f"random choice {part['random'].mean():.2f}, the worst {part['worst'].mean():.2f})"
+            for b, part in found.items()
+        ]
+        lost = [b for b, part in found.items() if part["regret"].mean() > part["random"].mean()]
+        verdict = f"worse than a draw at {len(lost)} of {len(found)} budgets"
+        if found:
+            lines.append(f"- **The {alphas} alphas** ({rule}), {verdict}: {'; '.join(told)}.")
+    tops = [part for b in budgets if len(part := _of_search(chosen, f"SAS-L B={b}"))]
+    if tops:
+        tau, top = tops[0]["tau"].mean(), pd.concat(tops)
+        lines.append(
+            f"- **Order**: over all assignments Kendall's tau between the sum of their alphas and their accuracy is "
+            f"{tau:+.2f}; 1 would be the order that Algorithm 1 hopes for, 0 is none."
+        )
+        lines.append(
+            f"- **Extraction**: after an epoch what SAS-L extracted has {top['extracted'].mean():.1f} % in validation, "
+            f"the mixture that it came from {top['mixture'].mean():.1f} %."
+        )
+    return "\n".join(lines)
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[tuple[str, Run]]:

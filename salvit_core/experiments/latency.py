@@ -36,6 +36,8 @@ _LATER = {
 
 Records = Mapping[PrivateRun, dict]
 
+CLOSE = 0.05  # of a logit: less is no other answer
+
 
 def paper(table: int) -> pd.DataFrame:
     """A table of the SAL-ViT paper, as data/paper has it."""
@@ -157,14 +159,50 @@ def totals(rows: pd.DataFrame, baseline: str = "SA softmax") -> pd.DataFrame:
     return table
 
 
-def by_kind(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def by_kind(rows: pd.DataFrame, quantity: str, ranges: bool = False) -> pd.DataFrame:
     """One row per method, one column per kind of operation: the median over the queries of a cost.
 
     Where the rows are of several protocols, one row per protocol and method. The columns are categories of all kinds.
+
+    Args:
+        rows: a table of `operations`.
+        quantity: a cost in it.
+        ranges: also low and high, the range of a query's whole cost, if any method has several queries.
     """
     by = _by(rows)
     per_query = rows.groupby([*by, "query", "kind"], observed=True)[quantity].sum()
-    return per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    table = per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    whole = per_query.groupby([*by, "query"], observed=True).sum().groupby(by, observed=True)
+    if ranges and (whole.size() > 1).any():
+        table.columns = table.columns.add_categories(["low", "high"])
+        table[["low", "high"]] = whole.agg(["min", "max"])
+    return table
+
+
+def layer_panels(
+    rows: Mapping[str, pd.DataFrame], method: str, quantity: str
+) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    """One method's cost by layer and kind, for a figure: a panel per protocol, and how far its axis goes.
+
+    Args:
+        rows: protocol to a table of `operations` or `estimated`, of one network with several methods.
+        method: one of theirs.
+        quantity: a column of `COSTS`; bytes are given in MB.
+
+    Returns:
+        label to a table with a row per layer, and label to the most that a layer of any method costs, so that figures
+        of two methods compare.
+    """
+    panels, ends = {}, {}
+    for protocol, table in rows.items():
+        scale, unit = (1e6, quantity.replace("bytes", "MB")) if "bytes" in quantity else (1, quantity)
+        label = f"{unit.replace('_', ' ')}, {protocol}"
+        each = ["method", "layer", "kind"]
+        parts = table.groupby([*each, "query"], observed=True)[quantity].sum().groupby(each, observed=True).median()
+        kinds = parts.xs(method, level="method").unstack(fill_value=0) / scale
+        panels[label] = kinds.loc[table.loc[table["method"] == method, "layer"].unique()]
+        ends[label] = float(parts.groupby(["method", "layer"], observed=True).sum().max() / scale)
+    return panels, ends
 
 
 def costs(record: dict, statistic: str = "median") -> dict[str, float]:
@@ -255,12 +293,14 @@ def answers(found: Records) -> pd.DataFrame:
     """Per method: whether all answers were the clear network's, the largest logit error, and what left its domain.
 
     Returns:
-        Indexed by method: faithful, largest_logit_error, left_domain (operations), and of these normalisers and gelus.
+        Indexed by method: faithful, close (all logits within `CLOSE` of the clear ones, whatever left its domain),
+        largest_logit_error, left_domain (operations), and of these normalisers and gelus.
     """
     rows = [
         {
             "method": (name_of(run.network) or ("", ""))[1],
             "faithful": record["metrics"]["faithful"],
+            "close": record["metrics"]["logit_error"] <= CLOSE,
             "largest_logit_error": record["metrics"]["logit_error"],
             "left_domain": len(record["metrics"]["violations"]),
             "normalisers": sum("normalizer" in v or ".l1" in v for v in record["metrics"]["violations"]),
@@ -270,7 +310,7 @@ def answers(found: Records) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows).groupby("method", sort=False)
     worst = dict.fromkeys(("largest_logit_error", "left_domain", "normalisers", "gelus"), "max")
-    return table.agg({"faithful": "all", **worst})
+    return table.agg({"faithful": "all", "close": "all", **worst})
 
 
 def of(found: Records, network: str, protocol: str | None = None) -> dict[PrivateRun, dict]:
@@ -360,6 +400,8 @@ def said_of_stock(rows: pd.DataFrame, right: pd.DataFrame) -> str:
     share = 100 * seconds.div(seconds.sum(axis=1), axis=0)  # percent
     mb, trips = table["megabytes"], table["rounds"]
     pool = int(rounds["pooling"]["SA softmax"])
+    near = right.index[right["close"] & ~right["faithful"]]
+    far = right.index[~right["close"]]
     return f"""
 - **The normaliser** takes {share["normaliser"]["SA softmax"]:.0f} % of the seconds of SA softmax and
   {share["normaliser"]["SAL-ViT B=3"]:.0f} % of SAL-ViT's at B = 3.
@@ -371,7 +413,9 @@ def said_of_stock(rows: pd.DataFrame, right: pd.DataFrame) -> str:
   {trips["SA L2Q"]}: where rounds cost most, more EA layers make the network slower.
 - **A round costs** {1000 * seconds["pooling"]["SA softmax"] / pool:.1f} ms here even where hardly any data moves (the
   pooling's {pool} rounds over 256 numbers).
-- **Faithful**: {int(right["faithful"].sum())} of {len(right)} methods give the clear network's answer.
+- **Faithful**: {int(right["faithful"].sum())} of {len(right)} methods: in the others operations leave what CrypTen's
+  functions hold for. Of {len(far)} of them the logits are noise, of {len(near)} they are within {CLOSE} of the clear
+  ones all the same{f" ({', '.join(near)})" if len(near) else ""}.
 """
 
 
@@ -389,6 +433,7 @@ def said_of_tuned(found: Records) -> str:
     kinds = {name: by_kind(operations(of(found, *_preset(found), name)), "seconds") for name in ours}
     softmax = {p: each["normaliser"]["SA softmax"] / each.loc["SA softmax"].sum() for p, each in kinds.items()}
     times, right = side["seconds", "stock / tuned"], side["faithful"].sum()
+    noise = int((side["logit error", "stock"] > CLOSE).sum())
     offline = side["seconds", "of which offline"] / side["seconds", "tuned"]
     budget = ", ".join(f"{fast['tuned'][f'SAL-ViT B={b}']:.2f} s at B = {b}" for b in (3, 2, 1))
     alone, together = times["SA softmax"], fast["stock"]["SA softmax"] / fast["tuned"]["SAL-ViT B=3"]
@@ -407,7 +452,7 @@ def said_of_tuned(found: Records) -> str:
         return f"{name} has {ours['tuned']['rounds'][name]} rounds and {ours['tuned']['megabytes'][name]:.0f} MB"
 
     return f"""
-- **The answer**: {right["stock"]} of {len(side)} methods give the clear network's with `stock`,
+- **The answer**: {right["stock"]} of {len(side)} methods are faithful with `stock` ({noise} give noise),
   {right["tuned"]} with `tuned`, whose largest logit error is {side["logit error", "tuned"].max():.2g}.{places}
 - **Protocols**: on the same network `stock` takes {times.min():.1f} ({times.idxmin()}) to {times.max():.1f}
   ({times.idxmax()}) times as long as `tuned`. Of its seconds {offline.min():.0%} to {offline.max():.0%} are offline.

@@ -10,6 +10,7 @@ from torch import fx, nn
 from ..models.cct import CCT
 from ..models.graph import trace
 from ..models.normalizers import L2Q, Normalizer
+from ..training.recipe import Recipe
 
 
 def matrices(model: CCT) -> dict[int, dict[str, torch.Tensor]]:
@@ -48,6 +49,24 @@ def spread(model: CCT) -> pd.DataFrame:
                         "high": values.max().item(),
                     }
                 )
+    return pd.DataFrame(rows)
+
+
+def stripes(model: CCT) -> pd.DataFrame:
+    """How much of C and of D is one number per key, or per query: the part of their variance that it explains.
+
+    Of N x N numbers without structure each explains about 1 / N.
+
+    Returns:
+        columns layer, parameter ("c" or "d"), key and query (%, means over the heads).
+    """
+    rows = []
+    for layer, learnt in matrices(model).items():
+        for name, tensor in learnt.items():
+            parts = {"key": tensor.mean(-2), "query": tensor.mean(-1)}  # (H, K), (H, N)
+            whole = tensor.flatten(1).var(1, unbiased=False)  # (H,)
+            told = {along: 100 * (each.var(1, unbiased=False) / whole).mean().item() for along, each in parts.items()}
+            rows.append({"layer": layer, "parameter": name, **told})
     return pd.DataFrame(rows)
 
 
@@ -147,16 +166,25 @@ def resets(facts: dict) -> pd.DataFrame:
     return table.assign(change=table["accuracy"] - facts["accuracy"])
 
 
-def said(facts: dict, epochs: int) -> str:
-    """Markdown: how far C and D moved, and what their details are worth."""
+def said(facts: dict, training: dict, recipe: Recipe) -> str:
+    """Markdown: how far C and D moved, and what their details are worth.
+
+    Args:
+        facts: metrics of the reading.
+        training: metrics of the training that was read.
+        recipe: of that training.
+    """
+    before, kind = training["test_accuracy"], "bfloat16" if recipe.bf16 else "float32"
+    other = f" (its training, in {kind}, counted {before:.2f} %)" if abs(before - facts["accuracy"]) >= 0.005 else ""
     loss = resets(facts)
     worst = loss.loc[loss["change"].idxmin()]
     ranges = pd.DataFrame(facts["spread"]).groupby("parameter").agg(low=("low", "min"), high=("high", "max"))
     return f"""
 - C ranges from {ranges.low["c"]:.2f} to {ranges.high["c"]:.2f}, D from {ranges.low["d"]:.2f} to
   {ranges.high["d"]:.2f}; both started at 1.
-- The trained network has {facts["accuracy"]:.2f} % on the test images; replacing {worst["replaced"]} by the mean over
-  each {worst["mean over"]} changes that by {worst["change"]:+.2f} points, the largest change of the six.
-- Training length matters to all of this: after {epochs} epochs the parameters have moved only so far. The
+- The trained network, read in float32, has {facts["accuracy"]:.2f} % on the test images{other};
+  replacing {worst["replaced"]} by the mean over each {worst["mean over"]} changes that by
+  {worst["change"]:+.2f} points, the largest change of the six.
+- Training length matters to all of this: after {recipe.epochs} epochs the parameters have moved only so far. The
   paper trained for 600.
 """

@@ -11,14 +11,18 @@ from .style import STYLE, WIDTH, write_note
 
 
 def heat_maps(
-    matrices: Mapping[str, np.ndarray | pd.DataFrame], note: str = "", labels: tuple[str, str] = ("key", "query")
+    matrices: Mapping[str, np.ndarray | pd.DataFrame],
+    note: str = "",
+    labels: tuple[str, str] = ("key", "query"),
+    scale: tuple[float, float] | None = None,
 ) -> Figure:
-    """Matrices side by side, each with its own scale, from its least to its largest value.
+    """Matrices side by side.
 
     Args:
         matrices: title to a matrix (N, K); a DataFrame's rows and columns are named.
         note: what is shown.
         labels: of the columns and of the rows.
+        scale: the least and the largest value of every matrix's colours; each its own where it is left out.
 
     Raises:
         ValueError: no matrix, or an empty one.
@@ -30,10 +34,12 @@ def heat_maps(
         )
         for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
             shown = axis.imshow(np.asarray(matrix), cmap="cividis", aspect="auto", interpolation="nearest")
+            if scale:
+                shown.set_clim(*scale)
             figure.colorbar(shown, ax=axis, shrink=0.8)
             axis.set_title(title)
             if isinstance(matrix, pd.DataFrame):
-                axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=30, ha="right")
+                axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=90)
                 axis.set_yticks(range(matrix.shape[0]), matrix.index)
             axis.set_xlabel(labels[0])
             axis.set_ylabel(labels[1])

@@ -32,6 +32,18 @@ def test_what_is_not_learnt_is_left_out():
     assert learned.matrices(model(normalizer="softmax")) == {}
 
 
+def test_stripes_are_the_part_of_the_variance_that_a_key_or_a_query_explains():
+    made = model()
+    inside = made.blocks[0].attention.normalizer
+    by_key = torch.linspace(0, 1, 16)
+    inside.c.data[:] = by_key  # nothing but keys
+    inside.d.data[:] = by_key[:, None] + by_key  # as much of both
+    table = learned.stripes(made).set_index(["layer", "parameter"])
+    assert table.loc[(1, "c")].tolist() == pytest.approx([100, 0], abs=1e-3)
+    assert table.loc[(1, "d")].tolist() == pytest.approx([50, 50], abs=1e-3)
+    assert (table.loc[2] < 40).all(axis=None)  # 16 tokens of noise
+
+
 def test_attention_distance_of_known_weights():
     """Attention to oneself reaches 0 tokens; equal attention reaches the mean distance of the grid."""
     made = model(attention="self", heads=2)

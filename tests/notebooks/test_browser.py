@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -143,3 +144,92 @@ def test_a_newer_notebook_of_the_project_leaves_the_copy_that_was_worked_on(lab)
         assert copy.read_text() == there
         assert [path.read_text() for path in copy.parent.glob(f"{copy.name}.~*")] == kept
     assert git(folder, "status", "--porcelain") == ""
+
+
+def cut(folder, number, kept, extra="", **values):
+    """A copy of a notebook with its imports and a few of its cells alone, and other parameters: its name."""
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    made = nbformat.read(path, as_version=4)
+    code = [cell for cell in made.cells if cell.cell_type == "code"]
+    for cell in code:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items()) + extra
+    first = code[:2]  # imports, and the parameters
+    some = [cell for cell in code[2:] if any(words in cell.source for words in kept)]
+    assert len(some) == len(kept), f"notebook {number} has no cell with one of {kept}"
+    made.cells = first + some
+    nbformat.write(made, folder / "lab" / f"cut_{path.name}")
+    return f"cut_{path.name}"
+
+
+def run_all(page, lab, name):
+    """A notebook in a tab of its own, all of its cells run."""
+    tab = page.context.browser.new_page(viewport=page.viewport_size)
+    tab.goto(f"{lab[0]}/lab/workspaces/{name[:-6]}/tree/{name}?reset")
+    tab.wait_for_selector(".jp-Notebook", timeout=60_000)
+    tab.get_by_text("| Idle").wait_for(timeout=60_000)
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_text("Run All Cells", exact=True).click()
+    tab.locator(".widget-dropdown").first.wait_for(state="attached", timeout=200_000)
+    return tab
+
+
+def choose(tab, label, option):
+    """Another choice in the list with this label changes the picture below it."""
+    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-dropdown")).first
+    picture = shown.locator("img.widget-image").first
+    picture.scroll_into_view_if_needed()
+    control = shown.locator(".widget-dropdown").filter(has_text=label).first
+    assert control.locator(".widget-label").inner_text() == label
+    before = picture.get_attribute("src")
+    control.locator("select").select_option(option)
+    deadline = time.monotonic() + 60
+    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
+        tab.wait_for_timeout(200)
+    assert before and after != before, f"{label}: {option}"
+    errors = tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
+    assert errors.count() == 0
+
+
+def test_a_method_by_layer_in_notebook_01(page, lab, tmp_path):
+    small = """
+size, network, note = profiles.profile("smoke"), "cct_4_3x1", "as a test draws it"
+known = {name: preset(network, name) for name in size.methods}
+rows = {name: latency.estimated(known, name).assign(seconds=1.0) for name in ("stock", "tuned")}"""
+    tab = run_all(page, lab, cut(lab[1], "01", ["def by_layer", "explore("], small))
+    choose(tab, "method", "SA softmax")
+    choose(tab, "quantity", "rounds")
+    tab.screenshot(path=tmp_path / "layers.png")
+    tab.close()
+
+
+def test_every_control_of_the_cost_bar_in_notebook_09(page, lab, tmp_path):
+    tab = run_all(page, lab, cut(lab[1], "09", ["def cost_bar", "explore("], "\nnetwork = 'cct_4_3x1'"))
+    choose(tab, "attention", "external")
+    choose(tab, "normalizer", "softmax")
+    choose(tab, "activation", "quad")
+    choose(tab, "link", "LAN (Cheetah)")
+    choose(tab, "protocol", "stock")
+    tab.screenshot(path=tmp_path / "bar.png")
+    tab.close()
+
+
+def test_what_a_mechanism_looks_at_in_notebook_06(page, lab, tmp_path):
+    """Trained here, in the smallest profile: maps need weights and images."""
+    kept = ["efficient.plan(", "efficient.with_weights", "def look", "explore("]
+    note = "\nnote = 'as a test draws it'"
+    tab = run_all(page, lab, cut(lab[1], "06", kept, note, profile="smoke"))
+    choose(tab, "mechanism", "Linformer")
+    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-dropdown")).first
+    labels = shown.locator(".widget-label").all_inner_texts()
+    assert labels == ["mechanism", "image", "layer", "head"]
+    picture = shown.locator("img.widget-image").first
+    before = picture.get_attribute("src")
+    shown.locator(".widget-slider .noUi-handle").first.click()
+    tab.keyboard.press("ArrowRight")
+    deadline = time.monotonic() + 30
+    while picture.get_attribute("src") == before and time.monotonic() < deadline:
+        tab.wait_for_timeout(200)
+    assert picture.get_attribute("src") != before
+    tab.screenshot(path=tmp_path / "look.png")
+    tab.close()

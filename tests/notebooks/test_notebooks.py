@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("notebooks")]  # one root, in order
@@ -29,20 +30,18 @@ PICTURES = {
         "table_4_tuned_by_operation",
         "table_4_tuned_ratios",
     ],
-    "02": ["figure_7_l2q_granularity", "figure_8_l2q_parameters", "figure_7_private_cost"],
+    "02": ["l2q_curves", "figure_7_l2q_granularity", "figure_8_l2q_parameters", "figure_7_private_cost"],
     "03": [
         "algorithm_1_alpha",
         "figure_1_accuracy_latency",
         "figure_5_accuracy_latency",
         "figure_6_normalizers",
-        "figure_6_tuned",
+        "search_against_the_truth",
         "choices_accuracy_latency",
     ],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_drift",
-        "encrypted_precision",
+    "05": ["encrypted_accuracy", "encrypted_drift", "encrypted_precision"],
+    "09": [
         "table_4_stock_and_tuned",
         "links_modelled",
         "links_emulated",
@@ -79,11 +78,10 @@ TABLES = {
         "table_7_parameters_flops",
     ],
     "02": ["figure_7_private_cost"],
-    "03": ["table_6_search", "table_4_accuracy_latency", "choices_alpha"],
-    "04": ["figure_9_learned_parameters", "figure_9_reset_to_means"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_precision",
+    "03": ["table_6_search", "table_4_accuracy_latency", "search_truth", "search_picks", "choices_alpha"],
+    "04": ["figure_9_learned_parameters", "figure_9_stripes", "figure_9_reset_to_means"],
+    "05": ["encrypted_accuracy", "encrypted_precision", "encrypted_ranges"],
+    "09": [
         "table_4_encrypted_latency",
         "links_modelled",
         "links_emulated",
@@ -147,6 +145,7 @@ def test_notebook_runs(root, number):
     for name in TABLES[number]:
         assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
     assert shown(root, number) >= len(PICTURES[number])
+    assert not tables.faults(root)
     written = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
     assert written
     if number in ("01", "03"):  # nothing is run twice; the other notebooks share these two's machinery
@@ -174,7 +173,8 @@ def test_the_projects_own_records_are_shown(root):
     reference = root / "data" / "reference"
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     runs = set((root / "data" / "runs").rglob("*"))
-    done = run(root, "00,01,02,03,04,05,06,07,08", "records=reference", "profile=reference")
+    done = run(root, "00,01,02,03,04,05,06,07,08,09", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not tables.faults(root)
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs

@@ -1,0 +1,246 @@
+"""What notebooks 02, 03 and 04 conclude, and what their exercises solve, against the project's own records."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from salvit_core import CCT, preset
+from salvit_core.experiments import accuracy, evidence, execute, latency, learned, profiles
+from salvit_core.experiments.runs import LearnedRun
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+SIZE = profiles.profile("reference")
+PAPERS = "cct_7_3x1"
+
+
+def prose(number):
+    """A notebook's markdown, on one line."""
+    (path,) = FOLDER.glob(f"{number}_*.ipynb")
+    cells = json.loads(path.read_text())["cells"]
+    return " ".join(" ".join("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def lacking(number, *said):
+    told = prose(number)
+    return [line for line in said if line not in told]
+
+
+@pytest.fixture(scope="module")
+def ablations():
+    plan = accuracy.ablations(SIZE, ["cifar10"])
+    table = accuracy.ablation_table(plan, execute.recorded(plan, "reference"))
+    return accuracy.summary(table).loc["cifar10"]
+
+
+@pytest.fixture(scope="module")
+def searches():
+    plans = {"cifar10": accuracy.plan(SIZE, "cifar10")}
+    table = accuracy.results(plans, execute.recorded(plans["cifar10"].values(), "reference"))
+    timed = execute.recorded(accuracy.private_runs(table, SIZE.queries), "reference")
+    return accuracy.with_costs(table, timed).set_index("method")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The run whose C and D notebook 04 reads, and what is on record of them."""
+    run = SIZE.training("cifar10", SIZE.config("cifar10", "SA L2Q"))
+    return run, execute.ensure(LearnedRun(run), "reference")["metrics"]
+
+
+def costs(protocol, names=tuple(accuracy.VARIANTS), **changes):
+    """Rounds and bytes of the variants at the paper's size."""
+    made = {name: preset(PAPERS, attention="self", **accuracy.VARIANTS[name], **changes) for name in names}
+    counted = latency.estimated(made, protocol)
+    return counted.groupby("method", observed=True)[["rounds", "bytes"]].sum()
+
+
+def told(row):
+    return f"{row['bytes'] / 1e6:.1f} MB in {row['rounds']:.0f}"
+
+
+# 02
+
+
+def test_accuracies_of_the_ablations(ablations):
+    mean = ablations["accuracy"]
+    above = mean.drop("softmax") - mean["softmax"]
+    every, learnt = ablations.loc["L2Q element-wise", "parameters"], 2 * SIZE.config("cifar10").layers * 4 * 64**2
+    assert (ablations["seeds"] == 1).all() and (above > 0).all()
+    assert every - ablations.loc["2Quad", "parameters"] == learnt
+    assert not lacking(
+        "02",
+        f"above softmax's {mean['softmax']:.2f} %, by {above.min():.2f} to {above.max():.2f} points",
+        f"Global {mean['L2Q global']:.2f}, head-wise {mean['L2Q head-wise']:.2f}, element-wise "
+        f"{mean['L2Q element-wise']:.2f} %; C only {mean['L2Q, C only']:.2f}, D only {mean['L2Q, D only']:.2f}.",
+        f"It has {learnt:,} numbers C and D, of {every:,} parameters in all",
+    )
+
+
+@pytest.mark.timeout(300)
+def test_costs_of_learning_and_what_folding_saves():
+    stock = costs("stock", ("softmax", "2Quad", "L2Q head-wise", "L2Q element-wise", "L2Q, C only"))
+    tuned = costs("tuned", [name for name in accuracy.VARIANTS if name != "softmax"])
+    ours = tuned.drop("2Quad")
+    assert (ours == ours.iloc[0]).all(axis=None) and (stock.loc["L2Q, C only"] == stock.loc["2Quad"]).all()
+    short = {name: f"{row['bytes'] / 1e6:.0f} MB" for name, row in stock.iterrows()}
+    rounds = stock["rounds"].astype(int)
+    quad, heads = stock.loc["2Quad"], stock.loc["L2Q head-wise"]
+    assert not lacking(
+        "02",
+        f"sends {short['L2Q element-wise']} in {rounds['L2Q element-wise']} rounds, 2Quad {short['2Quad']} in "
+        f"{rounds['2Quad']}, softmax {short['softmax']} in {rounds['softmax']}.",
+        f"takes the same {told(ours.iloc[0])} rounds. It is 2Quad that is cheaper, {told(tuned.loc['2Quad'])}:",
+        f"{quad['rounds']:.0f} rounds and {quad['bytes'] / 1e6:.1f} MB, those of 2Quad, where head-wise L2Q took "
+        f"{heads['rounds']:.0f} rounds and {heads['bytes'] / 1e6:.1f} MB",
+    )
+    # The solution: without d head-wise L2Q is "C only" to the byte, and so is global.
+    folded = costs("stock", ("L2Q head-wise", "L2Q global"), l2q_learn_d=False)
+    assert (folded == quad).all(axis=None)
+
+
+def test_a_head_s_d_folds_into_the_query_projection():
+    torch.manual_seed(0)
+    config = preset("cct_2_3x1", "SA L2Q", l2q_granularity="head")
+    model = CCT(config).eval()
+    for block in model.blocks:
+        for parameter in block.attention.normalizer.parameters():
+            torch.nn.init.normal_(parameter, 1.0, 0.5)
+    images = torch.randn(4, 1, 8, 8)
+    wanted = model(images)
+    plain = CCT(dataclasses.replace(config, l2q_learn_d=False)).eval()
+    state = model.state_dict()
+    for layer, block in enumerate(model.blocks):
+        d = state.pop(f"blocks.{layer}.attention.normalizer.d").view(-1, 1, 1)  # (H, 1, 1)
+        weight = block.attention.qkv.weight.data.unflatten(0, (3, config.heads, -1))  # (3, H, D, M)
+        weight[0] *= d
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+# 03
+
+
+def test_what_searches_chose(searches):
+    mine = searches["accuracy"]
+    top, bottom = ([f"{mine[f'{name} B={b}']:.2f}" for b in (1, 2, 3)] for name in ("SAS-L", "SAS-L-WC"))
+    paper = latency.paper(6).query("dataset == 'cifar10'").pivot(index="heads_self", columns="search")
+    assert (paper["accuracy_percent"]["SAS-L"] > paper["accuracy_percent"]["SAS-L-WC"]).all()
+    assert all(float(a) < float(b) for a, b in zip(top, bottom, strict=True))
+    walk = searches.loc["SAS-L B=2", "record"]["metrics"]["trajectory"]
+    assert all(max(map(abs, epoch[1:])) < 0.001 for epoch in walk) and round(walk[-1][0], 2) == 0.03
+    dead = searches.loc["SAS-L 2ReLU B=2"]
+    assert mine.idxmin() == dead.name and searches.index[searches["tuned_faithful"] < 1].tolist() == [dead.name]
+    assert not lacking(
+        "03",
+        f"SAS-L has {top[0]}, {top[1]} and {top[2]} % at B = 1, 2 and 3; the *smallest* alphas, SAS-L-WC, have "
+        f"{bottom[0]}, {bottom[1]} and {bottom[2]}.",
+        f"the extracted network ends at {dead['accuracy']:.2f} %",
+        f"layer 1 ends with $\\alpha = {walk[-1][0]:.3f}$",
+        f"$1 / {walk[-1][0]:.3f} \\approx {1 / walk[-1][0]:.0f}$",
+    )
+
+
+def test_what_the_hybrid_saves(searches):
+    rows = searches.loc[["SAS-L B=2", "SA L2Q"]]
+    hybrid, plain = (
+        [row[name] / searches.loc["SA softmax", name] for name in ("seconds", "tuned_seconds")]
+        for _, row in rows.iterrows()
+    )
+    rounds = searches["tuned_rounds"]
+    assert not lacking(
+        "03",
+        f"SAL-ViT takes {hybrid[0]:.2f} of softmax attention's seconds with `stock` and {hybrid[1]:.2f} with `tuned`; "
+        f"L2Q with self-attention in every layer takes {plain[0]:.2f} and {plain[1]:.2f}, and has "
+        f"{searches.loc['SA L2Q', 'accuracy']:.2f} %.",
+        f"these are {rounds['SAS-L B=2']:.0f}, {rounds['SA softmax']:.0f} and {rounds['SA L2Q']:.0f} rounds",
+    )
+    today = latency.estimated({name: searches.loc[name, "config"] for name in ("SA L2Q", "SAS-L B=2", "SA softmax")})
+    today = today.groupby("method", observed=True)["rounds"].sum()
+    assert today.is_monotonic_increasing and (today < rounds[today.index]).all()
+
+
+def test_the_truth_is_against_the_largest_alphas():
+    """As the conclusion says, whatever is on record; and what `said_of_truth` says is what the tables have."""
+    truth = evidence.truth_table()
+    picks = evidence.picks(truth)
+    found = {b: picks.xs(f"SAS-L B={b}", level="search") for b in (1, 2, 3)}
+    assert all((each["regret"] > each["random"]).all() and (each["tau"] < 0).all() for each in found.values())
+    said = evidence.said_of_truth(truth, picks)
+    count = sum(run is not None for run in execute.recorded(evidence.truth(SIZE), "reference"))
+    assert f"{count} of 48 trainings" in said and "worse than a draw at 3 of 3 budgets" in said
+    for b, each in found.items():
+        assert f"{' and '.join(each['chosen'].unique())} at B = {b} loses {each['regret'].mean():.2f} points" in said
+    drawn = evidence.by_budget(truth, picks).set_index(["series", "x"])["accuracy"]
+    for b, part in truth.groupby("B"):
+        if b in found:
+            assert drawn["the best", b] == part["mean"].max() and drawn["the worst", b] == part["mean"].min()
+            assert drawn["SAS-L", b] == pytest.approx(part["mean"].max() - found[b]["regret"].mean())
+    assert len(drawn) == 15
+
+
+def test_several_seeds_of_a_search_are_averaged():
+    truth = evidence.truth_table()
+    one = evidence.picks(truth)
+    name = "SAS-L B=2"
+    other = one.xs(name, level="search", drop_level=False).rename(index={0: 1}).assign(chosen="ESSE", regret=0.0)
+    two = pd.concat([one, other])
+    table = evidence.by_budget(truth, two)
+    row = table[(table["series"] == "SAS-L") & (table["x"] == 2)].iloc[0]
+    first = one.loc[(name, 0), "chosen"]
+    assert row["method"] == f"{first}, ESSE" and row["accuracy"] == truth["mean"][[first, "ESSE"]].mean()
+    assert f"{first} and ESSE at B = 2" in evidence.said_of_truth(truth, two)
+
+
+def test_how_many_architectures_there_are():
+    layers, heads = math.comb(7, 3), math.comb(28, 12)
+    ours = len(evidence.truth(SIZE))
+    assert len(evidence.truth_table()) == 2**4
+    assert not lacking(
+        "03",
+        f"$\\binom{{7}}{{3}}$ = {layers}, by heads $\\binom{{28}}{{12}}$ = {heads:,}.",
+        f"16$ assignments, {ours} trainings; for 7 layers {2**7} and {3 * 2**7}.",
+    )
+
+
+# 04
+
+
+def test_what_c_and_d_became(trained):
+    run, facts = trained
+    spread = learned.spread(execute.trained(run, "reference"))
+    ends = spread.groupby("parameter").agg(low=("low", "min"), high=("high", "max"))
+    resets = learned.resets(facts).set_index(["replaced", "mean over"])["change"]
+    striped = learned.stripes(execute.trained(run, "reference")).groupby("parameter")[["key", "query"]].mean()
+    ranks = learned.correlations(learned.reach(facts))["rank correlation"]
+    (query,) = {round(each) for each in striped["query"]}
+    assert not lacking(
+        "04",
+        f"read in float32, {facts['accuracy']:.2f} %",
+        f"C ends between {ends.low['c']:.2f} and {ends.high['c']:.2f}, D between {ends.low['d']:.2f} and "
+        f"{ends.high['d']:.2f}. But no head's *mean* goes far from 1 ({spread['mean'].min():.2f} to "
+        f"{spread['mean'].max():.2f})",
+        f"One number per key explains {striped.loc['c', 'key']:.0f} % of C's variance and "
+        f"{striped.loc['d', 'key']:.0f} % of D's, one per query {query} %.",
+        f"head-wise means cost {-resets['both', 'head']:.2f} points, by layer-wise means "
+        f"{-resets['both', 'layer']:.2f}:",
+        f"(rank correlations between {ranks.min():.2f} and {ranks.max():.2f}",
+    )
+
+
+def test_training_gives_back_half_of_what_a_reset_takes(trained, ablations):
+    _, facts = trained
+    resets = learned.resets(facts).set_index(["replaced", "mean over"])
+    heads, mean = resets.loc[("both", "head"), "accuracy"], ablations["accuracy"]
+    assert 0.4 < (mean["L2Q head-wise"] - heads) / (facts["accuracy"] - heads) < 0.6
+    assert not lacking(
+        "04",
+        f"element-wise {facts['accuracy']:.2f} %, its head-wise means {heads:.2f} %, trained head-wise "
+        f"{mean['L2Q head-wise']:.2f} %",
+        f"half of the {facts['accuracy'] - heads:.2f} points",
+        f"a single pair for the whole network has {mean['L2Q global']:.2f} %",
+    )
