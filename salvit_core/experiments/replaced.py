@@ -263,8 +263,9 @@ def priced(
     """Rounds and bytes of one query to each network with `tuned`, from shapes alone: exact, nothing is run.
 
     Returns:
-        columns method (a category), batch, rounds, mb (one way), dealer_mb, and per link of `CONNECTIONS` but loopback
-        what it adds, seconds per image: modelled, without the parties' computing.
+        columns method (a category), batch, rounds, mb (one way), serial_mb (those that wait for each other), dealer_mb,
+        and per link of `CONNECTIONS` but loopback what it adds, seconds per image: modelled, without the parties'
+        computing.
     """
     from ..private.estimation import estimate  # CrypTen, which a machine that only trains lacks
 
@@ -276,8 +277,8 @@ def priced(
         for batch in batches:
             found = estimate(model, (batch, config.channels, config.image, config.image))
             row = {"method": name, "batch": batch, "rounds": found.rounds, "mb": found.bytes / 1e6}
-            row |= {"dealer_mb": found.dealer_bytes / 1e6}
             serial = float(found.operations["serial_bytes"].sum())
+            row |= {"serial_mb": serial / 1e6, "dealer_mb": found.dealer_bytes / 1e6}
             row |= {where: link.seconds(found.rounds, serial) / batch for where, link in CONNECTIONS.items() if link}
             rows.append(row)
     table = pd.DataFrame(rows)
@@ -310,6 +311,13 @@ def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     columns = {"rounds": "rounds of a query", "mb": "MB per image"}
     made = {title: table.pivot(index="method", columns="batch", values=name) for name, title in columns.items()}
     return {title: part.rename(columns="batch {}".format) for title, part in made.items()}
+
+
+def waits(table: pd.DataFrame, link: Link) -> pd.DataFrame:
+    """What a link adds to each network of `priced`, seconds per image: methods by batch, for `figures.dots`."""
+    seconds = link.seconds(table["rounds"], 1e6 * table["serial_mb"]) / table["batch"]
+    made = table.assign(seconds=seconds).pivot(index="method", columns="batch", values="seconds")
+    return made.rename(columns="batch {}".format)
 
 
 def said_of_costs(table: pd.DataFrame) -> str:
