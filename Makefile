@@ -1,4 +1,4 @@
-# make study | check | test | docs | lab | bench | bench-peers | evidence | lock | clean-runs. Each sets the environment up first; a second call installs nothing.
+# make study | check | test | docs | figures | lab | copies | bench | bench-peers | evidence | lock | clean-runs. Each sets the environment up first; a second call installs nothing.
 PYTHON  ?= python3
 PROFILE ?= quick
 # The campaign has another default.
@@ -8,7 +8,7 @@ FLAGS   ?=
 CORES   ?= 2
 BIN     := .venv/bin
 
-.PHONY: study check test docs lab bench bench-peers evidence lock clean-runs
+.PHONY: study check test docs figures lab copies bench bench-peers evidence lock clean-runs
 .DELETE_ON_ERROR:
 
 # The stamp is newer than both files exactly when the environment holds what they ask for. A torch that is there already, such as
@@ -37,7 +37,7 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(CORES) -m "not slow"
 
-# The book, from the project's own records: nothing is measured, and the figures of figures/ stay as they are.
+# The book, from the project's own records: nothing is measured, and what is in figures/ stays as it is.
 BOOK := build/book
 docs: .venv/installed
 	rm -rf $(BOOK) && mkdir -p $(BOOK) && ln -s ../../data $(BOOK)/data
@@ -46,8 +46,18 @@ docs: .venv/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html $(BOOK)/pages $(BOOK)/site
 	@echo "the book is $(BOOK)/site/index.html"
 
-lab: .venv/installed
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(FLAGS)
+# figures/ is what was drawn on this machine, and git ignores it; figures/reference/ is the book's, committed.
+figures: docs
+	rm -rf figures/reference && mkdir -p figures/reference
+	cp $(BOOK)/pages/figures/*.* figures/reference/
+
+# JupyterLab saves outputs into the notebook: it gets copies, which git ignores. Where the project's is newer, the copy that stands
+# there is kept beside it, as NAME.~1~.
+copies:
+	mkdir -p lab && cp --update --backup=numbered notebooks/*.ipynb lab/
+
+lab: .venv/installed copies
+	$(BIN)/jupyter lab --notebook-dir=lab $(if $(filter 0,$(shell id -u)),--allow-root) $(FLAGS)
 
 bench: .venv/installed
 	set -e; for script in benchmarks/private.py benchmarks/training.py benchmarks/replacement.py; do $(BIN)/python $$script; done

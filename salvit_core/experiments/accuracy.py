@@ -261,8 +261,8 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
     """`results` with the least cost of the queries with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
 
     The least, because these networks are small: what else the machine does adds more to a query than the networks
-    differ by, and only ever adds. Columns of a protocol of which nothing is on record are left out; tuned_faithful is 1
-    where all answers were right.
+    differ by, and only ever adds. seconds_low, seconds_high and the like are the range over the queries. Columns of a
+    protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
     """
     timed: dict[tuple[str, object], list[dict]] = {}
     for run, record in found.items():
@@ -275,6 +275,9 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
         for name in names:
             values = [[one[name] for one in timed.get((protocol, measured_as(c)), [])] for c in table["config"]]
             table[f"{prefix}{name}"] = [min(each, default=None) for each in values]
+            if name == "seconds":
+                table[f"{prefix}seconds_low"] = [min(each, default=None) for each in values]
+                table[f"{prefix}seconds_high"] = [max(each, default=None) for each in values]
     return table
 
 
@@ -296,7 +299,13 @@ def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFr
     part = part[part["method"].str.match(r"(SA |EA |SAS-L B=)")]
     series = part["method"].str.replace(r"SAS-L B=\d", "SAL-ViT", regex=True)
     method = part["method"].str.replace("SAS-L ", "")
-    return part.assign(x=part[seconds], series=pd.Categorical(series, _SERIES), method=method)
+    return _at(part, seconds).assign(series=pd.Categorical(series, _SERIES), method=method)
+
+
+def _at(part: pd.DataFrame, seconds: str) -> pd.DataFrame:
+    """With x, x_low and x_high of a figure: the median cost and its range, where it is known."""
+    ends = {f"x{end}": part[f"{seconds}{end}"] for end in ("", "_low", "_high") if f"{seconds}{end}" in part}
+    return part.assign(**ends)
 
 
 def panels(table: pd.DataFrame, data: str) -> dict[str, pd.DataFrame]:
@@ -321,7 +330,7 @@ def figure_6(table: pd.DataFrame, data: str, b: int, seconds: str) -> pd.DataFra
     names = {f"SAS-L {n} B={b}": n for n in ("softmax", "2Quad", "2ReLU")} | {f"SAS-L B={b}": "L2Q"}
     part = table[(table["dataset"] == data) & table["method"].isin(list(names))].dropna(subset=[seconds])
     series = pd.Categorical(part["method"].map(names), list(names.values()))
-    return part.assign(method=part["method"].map(names), series=series, x=part[seconds])
+    return _at(part, seconds).assign(method=part["method"].map(names), series=series)
 
 
 def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[str, dict[str, pd.DataFrame]]:

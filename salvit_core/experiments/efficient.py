@@ -88,9 +88,12 @@ def comparison(plan: Mapping, trained: Mapping, clear: Mapping, spent: Mapping, 
             row |= {"ms_1": times["1"].median(), "iqr_1": times["1"].quantile(0.75) - times["1"].quantile(0.25)}
             row |= {"ms_64": times["64"].median() / 64}
             row |= {"iqr_64": times["64"].quantile([0.25, 0.75]).diff().iloc[1] / 64}
+            row |= {"ms_64_low": times["64"].min() / 64, "ms_64_high": times["64"].max() / 64}
         if there := [on_shares[each] for each in private[which] if each in on_shares]:
-            cost = pd.DataFrame([latency.costs(record) for record in there]).median()
+            queries = pd.DataFrame([latency.costs(record) for record in there])
+            cost = queries.median()
             row |= {"private_s": cost["seconds"], "private_mb": cost["bytes"] / 1e6, "rounds": int(cost["rounds"])}
+            row |= {"private_s_low": queries["seconds"].min(), "private_s_high": queries["seconds"].max()}
             row |= {"dealer_mb": cost["offline_bytes"] / 1e6}
             row |= {"error": max(record["metrics"]["logit_error"] for record in there)}
         rows.append(row)
@@ -114,7 +117,10 @@ COSTS = {
 def panels(table: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     """Accuracy against each cost that is there, for a figure: panels and the labels of their axes, by title."""
     series = pd.Categorical(table["method"], list(ROWS))
-    made = {column: table.assign(x=table[column], series=series) for column in COSTS if column in table}
+    made = {}
+    for column in (name for name in COSTS if name in table):
+        ends = {f"x{end}": table[f"{column}{end}"] for end in ("", "_low", "_high") if f"{column}{end}" in table}
+        made[column] = table.assign(series=series, **ends)
     made = {column: part.dropna(subset=["x"]) for column, part in made.items()}
     made = {column: part for column, part in made.items() if len(part)}
     titles = {column: COSTS[column] for column in made}
@@ -230,11 +236,10 @@ def table_2(runs: Mapping, found: Mapping, networks: Mapping, whole: Mapping) ->
 
 
 def table_2_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Seconds of one attention layer by method and kind, a panel per protocol."""
+    """Seconds of one attention layer by method and kind, with the range over the queries, a panel per protocol."""
     drawn = {}
     for protocol, part in rows.groupby("protocol"):
-        kinds = part.groupby(["method", "kind", "query"], observed=True)["seconds"].sum()
-        table = kinds.groupby(["method", "kind"], observed=True).median().unstack(fill_value=0)
+        table = latency.by_kind(part, "seconds", ranges=True)
         there = [name for name in TABLE_2 if name in table.index]
         drawn[f"{protocol}: seconds per layer"] = table.loc[there]
     return drawn
@@ -269,6 +274,18 @@ GROWING = (
 )
 
 
+# What a figure of growth has on its axes, in the clear and on shares.
+AXES = {
+    "clear": {"mflops": "MFLOPs", "ms": "ms in the clear", "memory_mb": "MB of activations"},
+    "private": {
+        "private_s": "seconds on shares",
+        "private_mb": "MB one way",
+        "dealer_mb": "dealer's MB",
+        "rounds": "rounds",
+    },
+}
+
+
 def resolution_runs(size: Profile, seed: int = 0) -> tuple[dict, dict]:
     """One attention layer of each mechanism at several resolutions, by (method, side): in the clear, on shares."""
     brief, long = size.name == "smoke", size.name in ("short", "paper", "reference")
@@ -295,7 +312,8 @@ def growth(free: Mapping, grown: Mapping, paid: Mapping, bought: Mapping) -> pd.
             continue
         found = grown[run]["metrics"]
         row = {"series": method, "tokens": run.network.tokens, "side": side, "mflops": found["flops"] / 1e6}
-        row |= {"memory_mb": found["memory"] / 1e6, "ms": 1e3 * pd.Series(found["seconds"]["1"]).median()}
+        times = 1e3 * pd.Series(found["seconds"]["1"])
+        row |= {"memory_mb": found["memory"] / 1e6, "ms": times.median(), "ms_low": times.min(), "ms_high": times.max()}
         if (there := paid.get((method, side))) in bought:
             cost = latency.costs(bought[there])
             row |= {"private_s": cost["seconds"], "private_mb": cost["bytes"] / 1e6, "rounds": cost["rounds"]}
@@ -322,7 +340,8 @@ def said_of_growth(table: pd.DataFrame) -> str:
         lines.append(f"- **{method}** is faster than SA softmax {', '.join(told)}.")
     unpaid = table[table["private_s"].isna()] if "private_s" in table else table
     if len(unpaid):
-        names = ", ".join(f"{row['series']} at {row['tokens']}" for _, row in unpaid.iterrows())
+        sizes = unpaid.groupby("series", observed=True)["tokens"].agg(lambda each: ", ".join(map(str, sorted(each))))
+        names = "; ".join(f"{name} at {each}" for name, each in sizes.items())
         lines.append(f"- Not run on shares here: {names} tokens.")
     return "\n".join(lines)
 

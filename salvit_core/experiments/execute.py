@@ -179,6 +179,22 @@ def trained(run: Training, source: str = "local") -> nn.Module:
     return model.eval()
 
 
+def carry_over(run: Training) -> None:
+    """Put the project's own record of a training, with its weights, among the local ones, unless one is there.
+
+    What is measured of it here then needs no training. Where the project has no weights of it, nothing is done: it is
+    trained when it is asked for.
+
+    Raises:
+        ValueError: a file that is no record of this run.
+        OSError: a file that cannot be read or written.
+    """
+    record, weights = store.find(run, "reference"), store.path(run, "reference", ".pt")
+    if record is not None and weights.exists():
+        beside = {f"{run.study}/{weights.name}": workspace.readable(weights).read_bytes()}
+        store.keep(run, record, beside)
+
+
 def _refuse_other_weights(run: Run, record: dict) -> None:
     """What was measured of a training that was done again since is of other weights; older records do not say."""
     if not isinstance(run, LearnedRun | EvaluationRun | DriftRun | QuantizationRun):

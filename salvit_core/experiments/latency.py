@@ -159,14 +159,50 @@ def totals(rows: pd.DataFrame, baseline: str = "SA softmax") -> pd.DataFrame:
     return table
 
 
-def by_kind(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def by_kind(rows: pd.DataFrame, quantity: str, ranges: bool = False) -> pd.DataFrame:
     """One row per method, one column per kind of operation: the median over the queries of a cost.
 
     Where the rows are of several protocols, one row per protocol and method. The columns are categories of all kinds.
+
+    Args:
+        rows: a table of `operations`.
+        quantity: a cost in it.
+        ranges: also low and high, the range of a query's whole cost, if any method has several queries.
     """
     by = _by(rows)
     per_query = rows.groupby([*by, "query", "kind"], observed=True)[quantity].sum()
-    return per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    table = per_query.groupby([*by, "kind"], observed=True).median().unstack(fill_value=0)
+    whole = per_query.groupby([*by, "query"], observed=True).sum().groupby(by, observed=True)
+    if ranges and (whole.size() > 1).any():
+        table.columns = table.columns.add_categories(["low", "high"])
+        table[["low", "high"]] = whole.agg(["min", "max"])
+    return table
+
+
+def layer_panels(
+    rows: Mapping[str, pd.DataFrame], method: str, quantity: str
+) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    """One method's cost by layer and kind, for a figure: a panel per protocol, and how far its axis goes.
+
+    Args:
+        rows: protocol to a table of `operations` or `estimated`, of one network with several methods.
+        method: one of theirs.
+        quantity: a column of `COSTS`; bytes are given in MB.
+
+    Returns:
+        label to a table with a row per layer, and label to the most that a layer of any method costs, so that figures
+        of two methods compare.
+    """
+    panels, ends = {}, {}
+    for protocol, table in rows.items():
+        scale, unit = (1e6, quantity.replace("bytes", "MB")) if "bytes" in quantity else (1, quantity)
+        label = f"{unit.replace('_', ' ')}, {protocol}"
+        each = ["method", "layer", "kind"]
+        parts = table.groupby([*each, "query"], observed=True)[quantity].sum().groupby(each, observed=True).median()
+        kinds = parts.xs(method, level="method").unstack(fill_value=0) / scale
+        panels[label] = kinds.loc[table.loc[table["method"] == method, "layer"].unique()]
+        ends[label] = float(parts.groupby(["method", "layer"], observed=True).sum().max() / scale)
+    return panels, ends
 
 
 def costs(record: dict, statistic: str = "median") -> dict[str, float]:

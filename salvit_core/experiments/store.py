@@ -188,17 +188,18 @@ def load(study: str, source: str = "local") -> list[dict]:
 
 
 def caption(found: Iterable[dict]) -> str:
-    """One line on where numbers are from: source, how many runs, when, on what, with which versions."""
+    """One line on where numbers are from: source, how many runs, their seeds, when, on what. Versions: `listing`."""
     found = list(found)
     if not found:
         return "no records"
     dates = sorted({record["date"][:10] for record in found})
     machines = sorted({_named(record["machine"]) for record in found})
-    used = {f"{name} {version}": 0 for r in found for name, version in r["versions"].items() if name != "python"}
-    package = ", ".join(used)
+    seeds = sorted({record["seed"] for record in found if record.get("seed") is not None})
+    seeded = "seed" + "s" * (len(seeds) > 1) + " " + ", ".join(map(str, seeds))
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     sources = " and ".join(sorted({record["source"] for record in found}))
-    return f"{sources}: {len(found)} runs, {when}, {'; '.join(machines)}; {package}"
+    runs = f"{len(found)} run" + "s" * (len(found) > 1)
+    return ", ".join([f"{sources}: {runs}", *[seeded] * bool(seeds), when, "; ".join(machines)])
 
 
 def _named(machine: dict) -> str:

@@ -7,8 +7,10 @@ notebooks: it alone needs ipywidgets.
 
 from .accuracy import accuracy_against, accuracy_by_variant, drift
 from .costs import ratios_beside_paper, stacked_kinds
+from .diagrams import external_beside_self, salvit, two_parties
+from .domains import errors_over_ranges
 from .learned import normalizer_curves, parameter_ranges, scatter_by_layer
-from .maps import heat_maps, map_grid
+from .maps import heat_maps, map_grid, pictures
 from .quantities import curves, dots
 from .quantization import accuracy_by_bits
 from .roofline import roofline
@@ -27,17 +29,22 @@ __all__ = [
     "curves",
     "dots",
     "drift",
+    "errors_over_ranges",
+    "external_beside_self",
     "heat_maps",
     "look",
     "looks",
     "map_grid",
     "normalizer_curves",
     "parameter_ranges",
+    "pictures",
     "ratios_beside_paper",
     "roofline",
+    "salvit",
     "save",
     "save_table",
     "scatter_by_layer",
     "stacked_kinds",
     "trajectories",
+    "two_parties",
 ]

@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import STYLE, WIDTH, look, looks, parts, refuse_empty, write_legend, write_note
+from .looks import LOOKS
+from .style import STYLE, WIDTH, looks, parts, refuse_empty, write_legend, write_note
 
 
 def normalizer_curves(table: pd.DataFrame, note: str = "") -> Figure:
@@ -26,7 +27,7 @@ def normalizer_curves(table: pd.DataFrame, note: str = "") -> Figure:
             axis.plot(curve["score"], curve["weight"], label=name, **line)
         axis.set_xlabel("score a")
         axis.set_ylabel("attention weight")
-        axis.legend(loc="upper center")
+        write_legend(figure, 4)
         write_note(figure, note)
     return figure
 
@@ -49,17 +50,17 @@ def parameter_ranges(table: pd.DataFrame, note: str = "") -> Figure:
         figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 3.8), sharex=True, layout="constrained")
         for column, name in enumerate(names):
             part = table[table["parameter"] == name].groupby("layer", observed=True)
-            layers, drawn = list(part.groups), look(column)
+            layers, drawn = list(part.groups), LOOKS[f"L2Q, {name.upper()} only"]
             low, high = part["low"].min(), part["high"].max()
             axes[0][column].vlines(layers, low, high, color=drawn.color, linewidth=6, alpha=0.5)
             axes[0][column].scatter(layers, part["mean"].mean(), color="black", s=12, zorder=3, label="mean")
             axes[0][column].axhline(1.0, color="0.5", linestyle=":", linewidth=0.8, label="initial value")
             axes[0][column].set_title(f"{name.upper()}: range")
-            axes[0][column].legend(loc="best")
             axes[1][column].bar(layers, part["variance"].mean(), **drawn.bar)
             axes[1][column].set_title(f"{name.upper()}: variance")
             axes[1][column].set_xlabel("layer")
             axes[1][column].set_xticks(layers)
+        write_legend(figure, 2)
         write_note(figure, note)
     return figure
 
@@ -81,8 +82,10 @@ def scatter_by_layer(table: pd.DataFrame, x: str, panels: dict[str, str], note: 
     table = table.sort_values("layer", kind="stable")
     styles = looks(table["layer"])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")
-        for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+        rows = 2 if len(panels) > 3 and len(panels) % 2 == 0 else 1
+        size = (WIDTH, 0.6 + 2.0 * rows)
+        figure, axes = plt.subplots(rows, len(panels) // rows, figsize=size, squeeze=False, layout="constrained")
+        for axis, (column, label) in zip(axes.flat, panels.items(), strict=True):
             for layer, part in parts(table, "layer"):
                 axis.scatter(part[x], part[column], label=f"layer {layer}", **styles[layer].point)
             axis.set_xlabel(x)

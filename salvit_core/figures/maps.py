@@ -77,6 +77,27 @@ def map_grid(images: list[np.ndarray], rows: dict[str, list[np.ndarray]], note: 
     return figure
 
 
+def pictures(named: Mapping[str, np.ndarray], note: str = "") -> Figure:
+    """Pictures side by side, each from black, its least value, to white, its largest; both are named below it.
+
+    Args:
+        named: title to a picture (height, width).
+        note: what is shown.
+
+    Raises:
+        ValueError: no picture, or an empty one.
+    """
+    _refuse_empty({f"picture {title!r}": picture for title, picture in named.items()})
+    with plt.rc_context(STYLE):
+        shape = (WIDTH, 0.9 + WIDTH / max(3, len(named)))
+        figure, axes = plt.subplots(1, len(named), figsize=shape, squeeze=False, layout="constrained")
+        for axis, (title, picture) in zip(axes[0], named.items(), strict=True):
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[], title=title, xlabel=f"{np.min(picture):.2g} to {np.max(picture):.2g}")
+        write_note(figure, note)
+    return figure
+
+
 def _refuse_empty(pictures: dict[str, np.ndarray]) -> None:
     if not pictures:
         raise ValueError("a figure without pictures: give at least one, or leave the figure out")

@@ -3,9 +3,11 @@
 from collections.abc import Collection
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .labels import equal_scales
 from .style import (
     STYLE,
     WIDTH,
@@ -22,9 +24,11 @@ from .style import (
 def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: str = "") -> Figure:
     """One row per method, one marker per column, a line from the least to the most; a panel per table.
 
+    Linear axes are equal; logarithmic ones where panels differ in nothing but the protocol.
+
     Args:
         panels: title to a table indexed by method (drawn from the top), all with the same rows and columns; NaN is
-            left out.
+            left out, and so is a row of which no panel has a value.
         label: of the horizontal axes.
         log: logarithmic axes.
         note: what was measured, what modelled.
@@ -34,12 +38,15 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
     """
     refuse_empty_panels(panels)
     styles = looks(*(table.columns for table in panels.values()))
+    known = np.any([table.notna().any(axis=1) for table in panels.values()], axis=0)
+    panels = {title: table[known] for title, table in panels.items()}
     with plt.rc_context(STYLE):
         rows = len(next(iter(panels.values())))
         most = max(float(table.to_numpy(float, na_value=0.0).max()) for table in panels.values())
         figure, axes = plt.subplots(
             1, len(panels), figsize=(WIDTH, 1.3 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
         )
+        equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
             places = range(len(table))
             axis.hlines(places, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=2, zorder=1)
@@ -56,9 +63,10 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
             axis.margins(x=0.08)
             if log:
                 axis.set_xscale("log")
-                write_plainly(axis.xaxis)
             else:
                 axis.set_xlim(0, 1.08 * most or 1.0)
+        for axis in axes[0] if log else ():
+            write_plainly(axis.xaxis)
         axes[0][0].invert_yaxis()
         write_legend(figure, 5)
         write_note(figure, note)
@@ -71,7 +79,8 @@ def curves(
     """Quantities over one variable, one line per series, a panel per quantity.
 
     Args:
-        table: columns series, `x`, and those that `panels` names.
+        table: columns series, `x`, and those that `panels` names. Of a column for which there are also COLUMN_low and
+            COLUMN_high, the range is drawn.
         x: column along the horizontal axis.
         panels: column to the label of its axis.
         log: columns whose axes are logarithmic.
@@ -90,6 +99,9 @@ def curves(
         for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
             for series, part in parts(table, "series"):
                 axis.plot(part[x], part[column], label=series, markersize=4, linewidth=1.2, **styles[series].line)
+                if {low := f"{column}_low", high := f"{column}_high"} <= set(part):
+                    known = part.dropna(subset=[low, high])
+                    axis.vlines(known[x], known[low], known[high], color=styles[series].color, linewidth=0.9, zorder=1)
             if x in log:
                 axis.set_xscale("log", base=base)
             axis.set_xticks(ticks, ticks)

@@ -3,19 +3,21 @@
 Every figure is readable without colour: bars carry hatches, curves differ in dash and marker.
 """
 
+import itertools
 import textwrap
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axis import Axis
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from .looks import DASHES, HATCHES, LOOKS, MARKERS, PALETTE, Look, look
+
+__all__ = ["DASHES", "HATCHES", "MARKERS", "PALETTE", "Look", "look"]  # of `looks`, for who has them from here
 
 # Loads the backend now. A notebook's turns interactive drawing on when it is loaded: were that at the first figure,
 # which is made in an rc_context, leaving it would turn that off, and every figure but the first would stay unseen.
@@ -38,55 +40,6 @@ STYLE = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
 }
-
-# Each is gone through in turn. Since they are 10, 11, 12 and 5 long, colour and marker together come again only after
-# 60 places, as dash and marker do, for print without colour; colour and hatch after 110. Neighbours differ in all.
-PALETTE: list[str] = sns.color_palette("colorblind", 10).as_hex()
-HATCHES = ("", "///", "\\\\\\", "...", "xxx", "---", "|||", "+++", "ooo", "OO", "||//")
-MARKERS = "osD^vP*Xh<>p"
-DASHES = ((1, 0), (4, 1), (1, 1), (4, 1, 1, 1), (4, 1, 1, 1, 1, 1))
-
-
-@dataclass(frozen=True)
-class Look:
-    """What tells one value from the others, in bars, lines and points."""
-
-    color: str
-    hatch: str
-    dashes: tuple[int, ...]
-    marker: str
-
-    @property
-    def edge(self) -> str:
-        """Colour of hatches and outlines that is seen on this one's: white on dark, dark on pale."""
-        red, green, blue = to_rgb(self.color)
-        return "white" if 0.21 * red + 0.72 * green + 0.07 * blue < 0.6 else "0.25"
-
-    @property
-    def bar(self) -> dict[str, Any]:
-        """For matplotlib's bars."""
-        return {"color": self.color, "hatch": self.hatch, "edgecolor": self.edge}
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """For matplotlib's lines; the thin outline keeps pale markers visible."""
-        outline = {"markeredgecolor": "0.25", "markeredgewidth": 0.4}
-        return {"color": self.color, "dashes": self.dashes, "marker": self.marker, **outline}
-
-    @property
-    def point(self) -> dict[str, Any]:
-        """For matplotlib's scatter."""
-        return {"color": self.color, "marker": self.marker, "edgecolor": "0.25", "linewidth": 0.4}
-
-
-def look(place: int) -> Look:
-    """How the value at a place, counted from 0, looks in every figure."""
-    return Look(
-        PALETTE[place % len(PALETTE)],
-        HATCHES[place % len(HATCHES)],
-        DASHES[place % len(DASHES)],
-        MARKERS[place % len(MARKERS)],
-    )
 
 
 def order(*columns: Column) -> list[Hashable]:
@@ -111,12 +64,20 @@ def order(*columns: Column) -> list[Hashable]:
 
 
 def looks(*columns: Column) -> dict[Hashable, Look]:
-    """How each value of the columns looks: by its place in their `order`.
+    """How each value of the columns looks: by its name (`looks.LOOKS`), or by its place in their `order`.
 
-    Where a column is Categorical, that is its place among all categories, so that it looks the same whatever is drawn
-    beside it; otherwise its place among the values drawn.
+    That is the place among those without a name: where a column is Categorical, among all its categories, so that a
+    value looks the same whatever is drawn beside it; otherwise among the values drawn. Beside values that have names,
+    a place whose dashes or colour, with its marker, are those of a name is passed over.
     """
-    return {value: look(place) for place, value in enumerate(order(*columns))}
+    values = order(*columns)
+    named = {value: LOOKS[value] for value in values if isinstance(value, str) and value in LOOKS}
+    places = map(look, itertools.count())
+    if named:
+        taken = {(part, one.marker) for one in LOOKS.values() for part in (one.color, one.dashes)}
+        free = (one for one in map(look, range(60)) if not taken & {(one.color, one.marker), (one.dashes, one.marker)})
+        places = itertools.chain(free, places)
+    return {value: named[value] if value in named else next(places) for value in values}
 
 
 def parts(table: pd.DataFrame, column: str) -> Iterator[tuple[Hashable, pd.DataFrame]]:
@@ -190,7 +151,11 @@ def write_legend(figure: Figure, columns: int, **options: Any) -> None:
 def write_plainly(axis: Axis) -> None:
     """Numbers as they are written, not powers of ten, along a logarithmic axis of few decades."""
     low, high = sorted(axis.get_view_interval())
-    if high / low < 2000:
+    if high / low < 4:
+        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    elif high / low < 2000:
         axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 200 else (1,)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())

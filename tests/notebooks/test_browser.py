@@ -1,4 +1,4 @@
-"""What a user does: open notebook 00 in JupyterLab in a browser, run it, move a slider, see the figure change."""
+"""What a user does: open notebook 00 in JupyterLab in a browser, run it, move what can be moved, save it."""
 
 import os
 import shutil
@@ -23,17 +23,29 @@ pytestmark = [
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 
+def git(folder, *words):
+    """What git says in a folder."""
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks, without a token, on a free port of the loopback."""
+    """JupyterLab on a checkout of its own, without a token, on a free port of the loopback: its address and folder."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", folder)
+    for name in ("notebooks", "data/paper", "data/reference"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in (".gitignore", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "all")
+    subprocess.run(["make", "copies"], cwd=folder, check=True, timeout=60)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
-    options += ["--IdentityProvider.token=", "--ServerApp.password=", f"--notebook-dir={folder}"]
-    with open(folder / "lab.log", "w") as log:
+    options += ["--IdentityProvider.token=", "--ServerApp.password=", f"--notebook-dir={folder / 'lab'}"]
+    with open(folder / "lab" / "lab.log", "w") as log:
         environment = {**os.environ, "SALVIT_ROOT": str(folder)}
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -44,9 +56,9 @@ def lab(tmp_path_factory):
                 urllib.request.urlopen(f"{address}/api", timeout=1).close()
                 break
             except OSError:
-                assert server.poll() is None, (folder / "lab.log").read_text()
+                assert server.poll() is None, (folder / "lab" / "lab.log").read_text()
                 time.sleep(0.25)
-        yield address
+        yield address, folder
     finally:
         server.terminate()
         server.wait(20)
@@ -58,7 +70,7 @@ def page(lab):
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{lab}/lab/tree/00_start_here.ipynb?reset")
+        page.goto(f"{lab[0]}/lab/tree/00_start_here.ipynb?reset")
         yield page
         browser.close()
 
@@ -88,3 +100,46 @@ def test_a_slider_changes_the_figure(page, tmp_path):
     reading = page.locator(".widget-readout").first.inner_text()
     assert float(reading) > 1.0
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+
+def test_another_method_changes_the_bars_and_not_the_axes(page, tmp_path):
+    """Driven by the estimate: rounds and bytes of a method beside those of SA softmax, along the same axes."""
+    shown = page.locator(".jp-OutputArea-output").filter(has=page.locator(".widget-dropdown")).first
+    shown.locator("select").wait_for(state="attached", timeout=120_000)
+    assert shown.locator(".widget-label").first.inner_text() == "method"
+    picture = shown.locator("img.widget-image").first
+    picture.scroll_into_view_if_needed()
+    before = picture.get_attribute("src")
+    shown.locator("select").select_option("EA scaling")
+    deadline = time.monotonic() + 60
+    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    page.screenshot(path=tmp_path / "method.png")
+    assert before and after != before
+
+
+def test_a_notebook_that_was_run_and_saved_is_no_change_to_git(page, lab):
+    """Outputs, figures and records: after the tests above, which ran all of it."""
+    _, folder = lab
+    page.get_by_role("menuitem", name="File", exact=True).click()
+    page.get_by_text("Save Notebook", exact=True).click()
+    saved = folder / "lab" / "00_start_here.ipynb"
+    deadline = time.monotonic() + 60
+    while '"image/png"' not in saved.read_text() and time.monotonic() < deadline:
+        page.wait_for_timeout(200)
+    assert '"image/png"' in saved.read_text() and (folder / "figures" / "tour_shares.png").exists()
+    assert list((folder / "data" / "runs" / "encrypted").glob("digits*.json"))
+    assert git(folder, "status", "--porcelain") == ""
+
+
+def test_a_newer_notebook_of_the_project_leaves_the_copy_that_was_worked_on(lab):
+    _, folder = lab
+    original, copy = (folder / place / "01_attention_latency.ipynb" for place in ("notebooks", "lab"))
+    first = original.read_text()
+    copy.write_text("worked on")
+    for newer, there, kept in ((-100, "worked on", []), (100, first, ["worked on"])):
+        os.utime(original, (when := copy.stat().st_mtime + newer, when))
+        subprocess.run(["make", "copies"], cwd=folder, check=True, timeout=60)
+        assert copy.read_text() == there
+        assert [path.read_text() for path in copy.parent.glob(f"{copy.name}.~*")] == kept
+    assert git(folder, "status", "--porcelain") == ""

@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("notebooks")]  # one root, in order
 # What each notebook leaves in figures/: pictures (PNG and PDF) and tables (CSV).
 PICTURES = {
-    "00": ["tour_one_private_inference", "estimated_costs", "figure_normalizer_curves"],
+    "00": [
+        "tour_shares",
+        "protocol_two_parties",
+        "reciprocal_domain",
+        "tour_one_private_inference",
+        "estimated_costs",
+        "figure_normalizer_curves",
+    ],
     "01": [
         "table_3_latency_by_operation",
         "table_3_bytes_and_rounds",
@@ -33,10 +40,8 @@ PICTURES = {
         "choices_accuracy_latency",
     ],
     "04": ["figure_9_learned_parameters", "figure_9_heat_maps", "figure_9_attention_distance"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_drift",
-        "encrypted_precision",
+    "05": ["encrypted_accuracy", "encrypted_drift", "encrypted_precision"],
+    "09": [
         "table_4_stock_and_tuned",
         "links_modelled",
         "links_emulated",
@@ -75,9 +80,8 @@ TABLES = {
     "02": ["figure_7_private_cost"],
     "03": ["table_6_search", "table_4_accuracy_latency", "search_truth", "search_picks", "choices_alpha"],
     "04": ["figure_9_learned_parameters", "figure_9_stripes", "figure_9_reset_to_means"],
-    "05": [
-        "encrypted_accuracy",
-        "encrypted_precision",
+    "05": ["encrypted_accuracy", "encrypted_precision", "encrypted_ranges"],
+    "09": [
         "table_4_encrypted_latency",
         "links_modelled",
         "links_emulated",
@@ -168,7 +172,7 @@ def test_the_projects_own_records_are_shown(root):
     reference = root / "data" / "reference"
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     runs = set((root / "data" / "runs").rglob("*"))
-    done = run(root, "00,01,02,03,04,05,06,07,08", "records=reference", "profile=reference")
+    done = run(root, "00,01,02,03,04,05,06,07,08,09", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs
