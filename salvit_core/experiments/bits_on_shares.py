@@ -152,8 +152,8 @@ def waits(config: Network, other: Network, link: Link) -> pd.DataFrame:
     """What a link adds to an image with each of `variants`, seconds: modelled, for `figures.dots`.
 
     Returns:
-        Indexed by network: "dealt ahead", what the parties send each other; "dealt on the same link", with what the dealer
-        has to send first.
+        Indexed by network: "dealt ahead", what the parties send each other; "dealt on the same link", with what the
+        dealer has to send first.
     """
     assert isinstance(config, EfficientViTConfig) and isinstance(other, CCTConfig)
     found = {name: on_links(each, link) for name, each in variants(config, other).items()}

@@ -87,7 +87,8 @@ def test_where_tables_win(networks):
     """On every link if they are dealt ahead and on none if not; those of small functions on a WAN either way."""
     names = list(bits_on_shares.variants(*networks))
     for name, link in LINKS.items():
-        ahead, both = (bits_on_shares.waits(*networks, link)[each] for each in ("dealt ahead", "dealt on the same link"))
+        table = bits_on_shares.waits(*networks, link)
+        ahead, both = table["dealt ahead"], table["dealt on the same link"]
         every, small = bits_on_shares.ALL_TABLES, names[2]
         assert ahead[every] < ahead[bits_on_shares.SHIFTED] and both[every] > both[bits_on_shares.SHIFTED]
         assert ahead[small] < ahead[bits_on_shares.SHIFTED]
