@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from cut import WIDGETS, write
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -143,3 +144,37 @@ def test_a_newer_notebook_of_the_project_leaves_the_copy_that_was_worked_on(lab)
         assert copy.read_text() == there
         assert [path.read_text() for path in copy.parent.glob(f"{copy.name}.~*")] == kept
     assert git(folder, "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("number", WIDGETS)
+def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, number, tmp_path):
+    """Of notebooks 02, 03, 04, 07 and 08, cut down to what their widget needs."""
+    address, folder = lab
+    write(number, folder / "lab" / f"moved_{number}.ipynb")
+    tab = page.context.new_page()
+    tab.goto(f"{address}/lab/workspaces/moved-{number}/tree/moved_{number}.ipynb?reset")
+    tab.wait_for_selector(".jp-Notebook", timeout=60_000)
+    tab.get_by_text("| Idle").wait_for(timeout=60_000)
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_text("Run All Cells", exact=True).click()
+    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-vbox")).last
+    controls = shown.locator(".widget-inline-hbox")
+    controls.first.wait_for(state="attached", timeout=200_000)
+    shown.scroll_into_view_if_needed()
+    below = shown.locator("img.widget-image, .widget-html table")
+    below.wait_for(timeout=60_000)
+    for control in [controls.nth(i) for i in range(controls.count()) if controls.nth(i).locator("label").count()]:
+        assert control.locator("label").inner_text()
+        before = below.evaluate("it => it.src || it.innerHTML")
+        if control.locator("select").count():
+            control.locator("select").select_option(index=0)
+        else:
+            control.locator(".noUi-handle").click()
+            tab.keyboard.press("ArrowRight")
+        deadline = time.monotonic() + 30
+        while (after := below.evaluate("it => it.src || it.innerHTML")) == before and time.monotonic() < deadline:
+            tab.wait_for_timeout(200)
+        tab.screenshot(path=tmp_path / f"moved_{number}.png")
+        assert after != before, control.locator("label").inner_text()
+    assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    tab.close()
