@@ -151,7 +151,7 @@ def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, numbe
     """Of notebooks 02, 03, 04, 07 and 08, cut down to what their widget needs."""
     address, folder = lab
     write(number, folder / "lab" / f"moved_{number}.ipynb")
-    tab = page.context.new_page()
+    tab = page.context.browser.new_page(viewport={"width": 1400, "height": 1000})
     tab.goto(f"{address}/lab/workspaces/moved-{number}/tree/moved_{number}.ipynb?reset")
     tab.wait_for_selector(".jp-Notebook", timeout=60_000)
     tab.get_by_text("| Idle").wait_for(timeout=60_000)
