@@ -289,7 +289,7 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
     """Seconds per image on shares: measured on loopback, modelled on the links; and how wrong the logits are.
 
     Returns:
-        indexed by method and batch: a column per link of `CONNECTIONS`, error, right.
+        indexed by method and batch: a column per link of `CONNECTIONS`, error, right, date (of the measurement).
     """
     from .latency import on_link  # as in `priced`
 
@@ -299,10 +299,10 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
             record = found[run]
             row = {"method": name, "batch": batch}
             row |= {where: on_link(record, link) / batch for where, link in CONNECTIONS.items()}
-            rows.append({**row, "error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]})
-    return pd.DataFrame(rows, columns=["method", "batch", *CONNECTIONS, "error", "right"]).set_index(
-        ["method", "batch"]
-    )
+            row |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
+            rows.append({**row, "date": record["date"][:10]})
+    columns = ["method", "batch", *CONNECTIONS, "error", "right", "date"]
+    return pd.DataFrame(rows, columns=columns).set_index(["method", "batch"])
 
 
 def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

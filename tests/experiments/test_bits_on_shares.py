@@ -83,6 +83,22 @@ def test_the_exercise_on_how_many_functions_are_tables(conclusions, networks):
     assert said in conclusions
 
 
+def test_the_conclusions_on_answers_are_the_records(conclusions):
+    size = profiles.profile("reference")
+    plan = bits_on_shares.trainings(size, "cifar10")
+    runs = bits_on_shares.evaluations(size, plan, bits_on_shares.quantizations(size, plan[bits_on_shares.LINEAR]))
+    table = bits_on_shares.answers(runs, execute.recorded(runs.values(), "reference"), "reference")
+    assert len(table) == 6 and (table["images"] == 256).all()
+    assert (table.loc[["float", bits_on_shares.SOFTMAX], "agreement"] == 100).all()
+    shifted = table[table.index.str.contains("log2")]["agreement"]
+    assert (256 * (1 - shifted / 100)).round().tolist() == [1, 1, 1]
+    every = table.loc["W8A8, every quantizer"]
+    assert (
+        f"With every quantizer as a table {every['agreement']:.1f} % are the same answers**, and "
+        f"{every['shares']:.1f} % are right in place of {every['clear']:.1f}:"
+    ) in conclusions
+
+
 def test_where_tables_win(networks):
     """On every link if they are dealt ahead and on none if not; those of small functions on a WAN either way."""
     names = list(bits_on_shares.variants(*networks))

@@ -157,6 +157,13 @@ def test_notebook_08_solves_its_exercise():
     ) in told
     gain, more, rtt, *_ = found[1]
     assert f"At one image it gains {1e3 * gain:.0f} ms for {more:,.0f} rounds: below {1e3 * rtt:.3f} ms," in told
+    runs = replaced.clear_runs(replaced.networks(size, "cifar10"))
+    clear = replaced.clear(runs, execute.recorded(runs.values(), "reference"))
+    lstm, plain = clear.loc["multi-head BiLSTM"], clear.loc["SA softmax"]
+    assert (
+        f"take {lstm['ms_1']:.1f} ms an image with the LSTM and {plain['ms_1']:.1f} with softmax, "
+        f"{lstm['ms_32']:.2f} and {plain['ms_32']:.2f} at batch 32."
+    ) in told
     shown = replaced.waits(costs, replaced.CONNECTIONS["WAN"]).loc["SA softmax"]
     assert shown.tolist() == pytest.approx(costs["WAN"].tolist()) and list(shown.index) == ["batch 1", "batch 32"]
 

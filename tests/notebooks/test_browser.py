@@ -163,7 +163,8 @@ def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, numbe
     shown.scroll_into_view_if_needed()
     below = shown.locator("img.widget-image, .widget-html table")
     below.wait_for(timeout=60_000)
-    for control in [controls.nth(i) for i in range(controls.count()) if controls.nth(i).locator("label").count()]:
+    assert controls.filter(has=tab.locator("select, .noUi-handle")).count()
+    for control in controls.filter(has=tab.locator("select, .noUi-handle")).all():
         assert control.locator("label").inner_text()
         before = below.evaluate("it => it.src || it.innerHTML")
         if control.locator("select").count():
