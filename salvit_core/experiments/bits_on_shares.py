@@ -148,6 +148,20 @@ def cost_table(config: Network, other: Network, few: int = FEW) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network")
 
 
+def waits(config: Network, other: Network, link: Link) -> pd.DataFrame:
+    """What a link adds to an image with each of `variants`, seconds: modelled, for `figures.dots`.
+
+    Returns:
+        Indexed by network: "dealt ahead", what the parties send each other; "dealt on the same link", with what the
+        dealer has to send first.
+    """
+    assert isinstance(config, EfficientViTConfig) and isinstance(other, CCTConfig)
+    found = {name: on_links(each, link) for name, each in variants(config, other).items()}
+    ahead = {name: each["wan_seconds"] for name, each in found.items()}
+    both = {name: each["wan_seconds"] + each["dealer_wan_seconds"] for name, each in found.items()}
+    return pd.DataFrame({"dealt ahead": ahead, "dealt on the same link": both}).rename_axis("network")
+
+
 def cost_panels(config: Network, other: Network) -> dict[str, pd.DataFrame]:
     """Rounds and megabytes of every variant by kind of operation, for `figures.stacked_kinds`."""
     assert isinstance(config, EfficientViTConfig) and isinstance(other, CCTConfig)
@@ -369,7 +383,8 @@ def said_of_quantization(table: pd.DataFrame) -> str:
         if quantization.ALL not in part.index:
             continue
         whole = part.loc[quantization.ALL]
-        said = f"- **{bits}**: {whole['accuracy']:.1f} %, {whole['lost']:.1f} points below float"
+        lost = f"{abs(whole['lost']):.1f} points {'below' if whole['lost'] > 0 else 'above'} float"
+        said = f"- **{bits}**: {whole['accuracy']:.1f} %, {'as float' if abs(whole['lost']) < 0.05 else lost}"
         rest = part.drop(quantization.ALL)
         if len(rest):
             worst = rest["accuracy"].idxmin()

@@ -263,8 +263,9 @@ def priced(
     """Rounds and bytes of one query to each network with `tuned`, from shapes alone: exact, nothing is run.
 
     Returns:
-        columns method (a category), batch, rounds, mb (one way), dealer_mb, and per link of `CONNECTIONS` but loopback
-        what it adds, seconds per image: modelled, without the parties' computing.
+        columns method (a category), batch, rounds, mb (one way), serial_mb (those that wait for each other), dealer_mb,
+        and per link of `CONNECTIONS` but loopback what it adds, seconds per image: modelled, without the parties'
+        computing.
     """
     from ..private.estimation import estimate  # CrypTen, which a machine that only trains lacks
 
@@ -276,8 +277,8 @@ def priced(
         for batch in batches:
             found = estimate(model, (batch, config.channels, config.image, config.image))
             row = {"method": name, "batch": batch, "rounds": found.rounds, "mb": found.bytes / 1e6}
-            row |= {"dealer_mb": found.dealer_bytes / 1e6}
             serial = float(found.operations["serial_bytes"].sum())
+            row |= {"serial_mb": serial / 1e6, "dealer_mb": found.dealer_bytes / 1e6}
             row |= {where: link.seconds(found.rounds, serial) / batch for where, link in CONNECTIONS.items() if link}
             rows.append(row)
     table = pd.DataFrame(rows)
@@ -288,7 +289,7 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
     """Seconds per image on shares: measured on loopback, modelled on the links; and how wrong the logits are.
 
     Returns:
-        indexed by method and batch: a column per link of `CONNECTIONS`, error, right.
+        indexed by method and batch: a column per link of `CONNECTIONS`, error, right, date (of the measurement).
     """
     from .latency import on_link  # as in `priced`
 
@@ -298,10 +299,10 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
             record = found[run]
             row = {"method": name, "batch": batch}
             row |= {where: on_link(record, link) / batch for where, link in CONNECTIONS.items()}
-            rows.append({**row, "error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]})
-    return pd.DataFrame(rows, columns=["method", "batch", *CONNECTIONS, "error", "right"]).set_index(
-        ["method", "batch"]
-    )
+            row |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
+            rows.append({**row, "date": record["date"][:10]})
+    columns = ["method", "batch", *CONNECTIONS, "error", "right", "date"]
+    return pd.DataFrame(rows, columns=columns).set_index(["method", "batch"])
 
 
 def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -310,6 +311,13 @@ def cost_panels(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     columns = {"rounds": "rounds of a query", "mb": "MB per image"}
     made = {title: table.pivot(index="method", columns="batch", values=name) for name, title in columns.items()}
     return {title: part.rename(columns="batch {}".format) for title, part in made.items()}
+
+
+def waits(table: pd.DataFrame, link: Link) -> pd.DataFrame:
+    """What a link adds to each network of `priced`, seconds per image: methods by batch, for `figures.dots`."""
+    seconds = link.seconds(table["rounds"], 1e6 * table["serial_mb"]) / table["batch"]
+    made = table.assign(seconds=seconds).pivot(index="method", columns="batch", values="seconds")
+    return made.rename(columns="batch {}".format)
 
 
 def said_of_costs(table: pd.DataFrame) -> str:

@@ -341,7 +341,7 @@ def _walk(
             content = continued(path, said, ("model", "history"))
             network.load_state_dict(content["model"])
             history = content["history"]
-    bar = tqdm(names, desc=reconstruct.__name__.replace("_", " "), initial=len(history), disable=None)
+    bar = tqdm(names, desc=reconstruct.__name__.replace("_", " "), initial=len(history), disable=None, delay=10)
     for number, name in list(enumerate(names))[len(history) :]:
         wanted = _captured(plain, name, images, result=True)
         inputs = _read(network, name, images)

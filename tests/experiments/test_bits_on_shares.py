@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from salvit_core.experiments import bits_on_shares, execute, profiles, quantization
 from salvit_core.models.operations import Lookup
+from salvit_core.private.links import LINKS
 from salvit_core.quantization.engine import TRICKS
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +64,78 @@ def test_the_conclusions_on_costs_are_the_table_s(conclusions, networks):
     assert f"Softmax has {part:.2f} MB of these" in conclusions
 
 
-def test_how_many_small_functions_are_tables_can_be_chosen(networks):
-    few, many = (bits_on_shares.cost_table(*networks, few=few).iloc[2] for few in (500, 10_000))
-    assert few["rounds"] > many["rounds"] and few["dealer_megabytes"] < many["dealer_megabytes"]
+def test_the_exercise_on_how_many_functions_are_tables(conclusions, networks):
+    rows = [bits_on_shares.cost_table(*networks, few=few).iloc[2] for few in (500, bits_on_shares.FEW, 10_000)]
+    rows.insert(0, bits_on_shares.cost_table(*networks).loc[bits_on_shares.SHIFTED])
+    none, few, usual, many = ((f"{row['rounds']:.0f}", f"{row['dealer_megabytes']:.1f}") for row in rows)
+    assert (
+        f"Without tables it is {none[0]} rounds and {none[1]} MB of the dealer's. `few=500` gives {few[0]} rounds for "
+        f"{few[1]} MB, the {bits_on_shares.FEW} of above {usual[0]} for {usual[1]}, and 10,000 are all functions: "
+        f"{many[0]} rounds for {many[1]} MB."
+    ) in conclusions
+    assert many[1] == f"{bits_on_shares.cost_table(*networks).loc[bits_on_shares.ALL_TABLES, 'dealer_megabytes']:.1f}"
+    prices = [
+        (more["dealer_megabytes"] - less["dealer_megabytes"]) / (less["rounds"] - more["rounds"])
+        for less, more in ((rows[0], rows[1]), (rows[2], rows[3]))
+    ]
+    last = rows[2]["rounds"] - rows[3]["rounds"]
+    said = f"The first rounds cost {prices[0]:.1f} MB each, the last {last:.0f} of them {prices[1]:.1f} MB each:"
+    assert said in conclusions
+
+
+def test_the_conclusions_on_answers_are_the_records(conclusions):
+    size = profiles.profile("reference")
+    plan = bits_on_shares.trainings(size, "cifar10")
+    runs = bits_on_shares.evaluations(size, plan, bits_on_shares.quantizations(size, plan[bits_on_shares.LINEAR]))
+    table = bits_on_shares.answers(runs, execute.recorded(runs.values(), "reference"), "reference")
+    assert len(table) == 6 and (table["images"] == 256).all()
+    assert (table.loc[["float", bits_on_shares.SOFTMAX], "agreement"] == 100).all()
+    shifted = table[table.index.str.contains("log2")]["agreement"]
+    assert (256 * (1 - shifted / 100)).round().tolist() == [1, 1, 1]
+    every = table.loc["W8A8, every quantizer"]
+    assert (
+        f"With every quantizer as a table {every['agreement']:.1f} % are the same answers**, and "
+        f"{every['shares']:.1f} % are right in place of {every['clear']:.1f}:"
+    ) in conclusions
+
+
+def test_where_tables_win(networks):
+    """On every link if they are dealt ahead and on none if not; those of small functions on a WAN either way."""
+    names = list(bits_on_shares.variants(*networks))
+    for name, link in LINKS.items():
+        table = bits_on_shares.waits(*networks, link)
+        ahead, both = table["dealt ahead"], table["dealt on the same link"]
+        every, small = bits_on_shares.ALL_TABLES, names[2]
+        assert ahead[every] < ahead[bits_on_shares.SHIFTED] and both[every] > both[bits_on_shares.SHIFTED]
+        assert ahead[small] < ahead[bits_on_shares.SHIFTED]
+        assert (both[small] < both[bits_on_shares.SHIFTED]) == name.startswith("WAN")
+    found = bits_on_shares.variants(*networks)[bits_on_shares.SOFTMAX]
+    assert ahead[bits_on_shares.SOFTMAX] == bits_on_shares.on_links(found, link)["wan_seconds"]
+
+
+def test_what_notebook_07_shows(conclusions, networks):
+    plan = bits_on_shares.trainings(profiles.profile("reference"), "cifar10")
+    linear, softmax = (
+        execute.ensure(plan[name], "reference")["metrics"]["test_accuracy"]
+        for name in (bits_on_shares.LINEAR, bits_on_shares.SOFTMAX)
+    )
+    costs = bits_on_shares.cost_table(*networks)
+    part = costs.iloc[0] / costs.loc[bits_on_shares.SOFTMAX]
+    assert round(1 / part["megabytes"]) == 6 and part["rounds"] == pytest.approx(2 / 3, abs=0.01)
+    ring = bits_on_shares.small_ring(*networks).iloc[0]
+    assert round(ring["megabytes"] / (ring["megabytes"] - ring["megabytes_32"])) == 7
+    table = quantization.table(execute.recorded(quantization.runs(), "reference")).set_index(["bits", "variant"])
+    lost = table.xs(quantization.ALL, level="variant")["lost"]
+    assert lost["W4"] < 0.5
+    assert f"but {linear:.1f} % where the CCT has {softmax:.1f} (one seed each, 12 and 6 epochs)" in conclusions
+    assert f"W4 loses nothing measurable, W4A8 {lost['W4A8']:.1f} points, W8A6 {lost['W8A6']:.1f}." in conclusions
+
+
+def test_what_is_above_float_is_not_said_to_be_below_it():
+    rows = [("W8", 51.3, -0.01), ("W4", 51.5, -0.23), ("W8A8", 49.5, 1.78)]
+    table = pd.DataFrame(rows, columns=["bits", "accuracy", "lost"]).assign(variant=quantization.ALL)
+    said = bits_on_shares.said_of_quantization(table)
+    assert "51.3 %, as float." in said and "0.2 points above float" in said and "1.8 points below float" in said
 
 
 def test_costs_leave_the_user_s_random_numbers_alone(networks):

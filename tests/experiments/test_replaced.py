@@ -134,6 +134,40 @@ def test_notebook_08_concludes_what_is_counted():
     assert round(mb["multi-head BiLSTM"]) == 157 and round(mb["SA softmax"]) == 146
 
 
+def test_notebook_08_solves_its_exercise():
+    """From the two tables that it names; and what a link adds is what the tables of links say."""
+    size = profiles.profile("reference")
+    softmax = replaced.networks(size, "cifar10")["SA softmax"]
+    costs = replaced.priced({"SA softmax": softmax})
+    table = pd.concat([costs, replaced.priced(replaced.removed(size, "cifar10"))]).set_index(["method", "batch"])
+    (path,) = (Path(__file__).parents[2] / "notebooks").glob("08_*.ipynb")
+    cells = json.loads(path.read_text())["cells"]
+    told = " ".join(" ".join("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
+    found = {}
+    for batch in (1, 32):
+        whole, half, ours = (table.loc[(name, batch)] for name in ("0% removed", "50% removed", "SA softmax"))
+        assert whole["serial_mb"] > ours["serial_mb"] and whole["rounds"] > ours["rounds"]
+        gain, more = (ours["serial_mb"] - half["serial_mb"]) / 44, half["rounds"] - ours["rounds"]
+        found[batch] = (gain, more, 2 * gain / more, half, ours)
+    gain, more, rtt, half, ours = found[32]
+    assert (
+        f"At 32 images it sends {half['serial_mb']:.1f} MB for softmax attention's {ours['serial_mb']:.1f}, so that it "
+        f"gains {gain:.2f} s, and takes {half['rounds']:,.0f} rounds for {ours['rounds']:.0f}, {more:,.0f} more. These "
+        f"cost as much where the round trip is {1e3 * rtt:.2f} ms:"
+    ) in told
+    gain, more, rtt, *_ = found[1]
+    assert f"At one image it gains {1e3 * gain:.0f} ms for {more:,.0f} rounds: below {1e3 * rtt:.3f} ms," in told
+    runs = replaced.clear_runs(replaced.networks(size, "cifar10"))
+    clear = replaced.clear(runs, execute.recorded(runs.values(), "reference"))
+    lstm, plain = clear.loc["multi-head BiLSTM"], clear.loc["SA softmax"]
+    assert (
+        f"take {lstm['ms_1']:.1f} ms an image with the LSTM and {plain['ms_1']:.1f} with softmax, "
+        f"{lstm['ms_32']:.2f} and {plain['ms_32']:.2f} at batch 32."
+    ) in told
+    shown = replaced.waits(costs, replaced.CONNECTIONS["WAN"]).loc["SA softmax"]
+    assert shown.tolist() == pytest.approx(costs["WAN"].tolist()) and list(shown.index) == ["batch 1", "batch 32"]
+
+
 def test_units_that_are_removed_take_bytes_away_and_no_round():
     table = replaced.priced(replaced.removed(profiles.profile("reference"), "cifar10"))
     assert list(table["method"].cat.categories) == ["0% removed", "25% removed", "50% removed", "75% removed"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from cut import WIDGETS, write
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -232,4 +233,39 @@ def test_what_a_mechanism_looks_at_in_notebook_06(page, lab, tmp_path):
         tab.wait_for_timeout(200)
     assert picture.get_attribute("src") != before
     tab.screenshot(path=tmp_path / "look.png")
+    tab.close()
+
+
+@pytest.mark.parametrize("number", WIDGETS)
+def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, number, tmp_path):
+    """Of notebooks 02, 03, 04, 07 and 08, cut down to what their widget needs."""
+    address, folder = lab
+    write(number, folder / "lab" / f"moved_{number}.ipynb")
+    tab = page.context.browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab.goto(f"{address}/lab/workspaces/moved-{number}/tree/moved_{number}.ipynb?reset")
+    tab.wait_for_selector(".jp-Notebook", timeout=60_000)
+    tab.get_by_text("| Idle").wait_for(timeout=60_000)
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_text("Run All Cells", exact=True).click()
+    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-vbox")).last
+    controls = shown.locator(".widget-inline-hbox")
+    controls.first.wait_for(state="attached", timeout=200_000)
+    shown.scroll_into_view_if_needed()
+    below = shown.locator("img.widget-image, .widget-html table")
+    below.wait_for(timeout=60_000)
+    assert controls.filter(has=tab.locator("select, .noUi-handle")).count()
+    for control in controls.filter(has=tab.locator("select, .noUi-handle")).all():
+        assert control.locator("label").inner_text()
+        before = below.evaluate("it => it.src || it.innerHTML")
+        if control.locator("select").count():
+            control.locator("select").select_option(index=0)
+        else:
+            control.locator(".noUi-handle").click()
+            tab.keyboard.press("ArrowRight")
+        deadline = time.monotonic() + 30
+        while (after := below.evaluate("it => it.src || it.innerHTML")) == before and time.monotonic() < deadline:
+            tab.wait_for_timeout(200)
+        tab.screenshot(path=tmp_path / f"moved_{number}.png")
+        assert after != before, control.locator("label").inner_text()
+    assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
     tab.close()

@@ -59,13 +59,14 @@ PICTURES = {
         "efficient_attention_maps",
         "efficient_attention_map",
     ],
-    "07": ["quantization_bits", "bits_costs", "bits_lookup", "accelerator_roofline"],
+    "07": ["quantization_bits", "bits_costs", "bits_waits", "bits_lookup", "accelerator_roofline"],
     "08": [
         "replaced_accuracy",
         "replaced_channels",
         "replaced_importance",
         "replaced_patches",
         "replaced_rounds_and_bytes",
+        "replaced_waits",
     ],
 }
 TABLES = {

@@ -232,6 +232,16 @@ def test_what_c_and_d_became(trained):
     )
 
 
+def test_keys_on_the_border_have_a_smaller_c(trained):
+    run, _ = trained
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    keys = torch.cat([each["c"] for each in learned.matrices(execute.trained(run, "reference")).values()]).mean(-2)
+    border, within = keys[:, ~inside.flatten()].mean(1), keys[:, inside.flatten()].mean(1)
+    assert (border < within).all()
+    assert not lacking("04", f"In all {len(keys)} heads the keys on the border of the token grid have a smaller C")
+
+
 def test_training_gives_back_half_of_what_a_reset_takes(trained, ablations):
     _, facts = trained
     resets = learned.resets(facts).set_index(["replaced", "mean over"])
