@@ -162,6 +162,18 @@ def test_no_room_imports_upwards_inside_a_function():
     assert set(found) <= allowed, found
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_what_runs_leave_is_ignored_and_the_projects_own_is_not():
+    def ignored(path):
+        return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
+
+    left = ["figures/x.png", "figures/x.csv", "figures/executed/00.ipynb", "lab/00.ipynb", "data/runs/training/x.json"]
+    kept = ["figures/reference/x.png", "data/reference/training/x.pt", "data/paper/x.csv", "notebooks/00.ipynb"]
+    assert {path: ignored(path) for path in left + kept} == dict.fromkeys(left, True) | dict.fromkeys(kept, False)
+    tracked = subprocess.run(["git", "ls-files", "figures"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert tracked and all(path.startswith("figures/reference/") for path in tracked)
+
+
 def test_notebooks_are_stripped():
     command = [sys.executable, "-m", "nbstripout", "--verify", *NOTEBOOKS]
     done = subprocess.run(command, capture_output=True, text=True)

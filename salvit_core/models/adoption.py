@@ -130,7 +130,10 @@ class Adoption:
             said = "is written for one size of batch, or gives no answer for each image"
             raise ValueError(f"{type(self.model).__name__} {said}: let it take any, with x.shape[0] in place of len(x)")
         self.graph.output(found[0])
-        return fx.GraphModule(self.root, self.graph, type(self.model).__name__).eval()
+        made = fx.GraphModule(self.root, self.graph, type(self.model).__name__).eval()
+        made.graph.eliminate_dead_code()
+        made.recompile()
+        return made
 
     def _walk(self, module: fx.GraphModule, given: Sequence[Any]) -> tuple:
         """Read a graph: each of its nodes becomes a node of ours, a fixed tensor, or what Python has for it."""

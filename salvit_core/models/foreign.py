@@ -199,7 +199,7 @@ def _layer(path: str) -> str:
 def _size_divisions(graph: fx.GraphModule, example: torch.Tensor) -> None:
     """Tell each division how large its denominators are on the example: a protocol has to know about how large.
 
-    Sixteen times as large as what was seen, and a sixty-five thousandth of it, are within what `tuned` divides by.
+    A hundred times as large as what was seen, and a sixteen thousandth of it, are within what `tuned` divides by.
     """
     if not any(isinstance(module, Divide) for module in graph.modules()) or example.device.type == "meta":
         return

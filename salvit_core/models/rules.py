@@ -318,7 +318,10 @@ def _divided(adoption: Adoption, x: Any, y: Any) -> fx.Node:
     if isinstance(y, Fixed):
         return adoption.gain(x, Fixed(1 / y.value, y.learnt), adoption.shape_of(0))
     if isinstance(y, fx.Node):
-        return adoption.module("quotient", Divide(eps=0.0), _secret(x, "div"), y)
+        eps = 0.0
+        if y.op == "call_function" and y.target is operator.add and isinstance(y.args[1], float) and y.args[1] > 0:
+            y, eps = y.args  # type: ignore[assignment]  # said to the division, which then knows how near zero is
+        return adoption.module("quotient", Divide(eps=eps), _secret(x, "div"), y)
     return adoption.function(operator.truediv, x, float(y))
 
 

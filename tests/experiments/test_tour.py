@@ -24,12 +24,12 @@ def found():
     return tour.answered("reference")
 
 
-def defined(name):
-    """A function that the notebook defines; the cell's own assertions hold as well."""
+def defined(name, change=lambda source: source):
+    """What the cell that defines a function leaves; the cell's own assertions hold as well."""
     (source,) = (cell.source for cell in CELLS if cell.cell_type == "code" and f"def {name}(" in cell.source)
     names = {"np": np, "pd": pd, "rng": np.random.default_rng(0)}
-    exec(source, names)
-    return names[name]
+    exec(change(source), names)
+    return names
 
 
 def test_the_network_that_ships_is_right_and_small(found):
@@ -78,23 +78,30 @@ def test_what_the_notebook_concludes_of_the_sums_is_on_record(found):
     assert large.tokens == 256
 
 
+def test_with_random_weights_both_protocols_are_right():
+    for protocol in tour.PROTOCOLS:
+        record = store.find(PrivateRun(tour.SHIPPED.network, protocol), "reference")
+        assert record["metrics"]["faithful"] and "Here `stock` is right as well (`faithful`)" in TEXT
+
+
 def test_the_reciprocal_by_hand_is_what_crypten_computes():
     """Where CrypTen's own holds and where it does not, for one process without a peer."""
     stock.crypten.init()
-    errors = tour.reciprocal_errors(defined("reciprocal"))
+    errors = tour.reciprocal_errors(defined("reciprocal")["reciprocal"])
     x = torch.tensor(errors["x"].to_numpy())
     theirs = (stock.crypten.cryptensor(x).reciprocal().get_plain_text().double() * x - 1).abs().numpy()
     ours, x = errors["error"].to_numpy(), x.numpy()
     assert len(x) == 400 and (x.min(), x.max()) == pytest.approx((0.01, 1e4), rel=1e-3)
     inside, noise = x < 24, x > 256
+    assert 250 < x[ours > 2].min() < 256 and "At 255 its start goes wrong" in TEXT
     assert ours[inside].max() < 0.01 and np.abs(ours - theirs)[inside].max() < 0.005
     between = ~inside & (x < 250)
     assert ours[between].max() < 1.5 and theirs[between].max() < 1.5
-    assert ours[noise].min() > 1e6 and theirs[noise].min() > 1e6  # y doubles in each of ten steps, and wraps
+    assert ours[noise].min() > 1e6 and theirs[noise].min() > 1e6
 
 
 def test_the_comparison_by_hand_is_right_for_every_number_and_mask():
-    negative = defined("negative")
+    negative = defined("negative")["negative"]
     assert all(negative(x) == (x < 0) for x in range(-8, 8) for _ in range(50))
 
 
@@ -147,3 +154,31 @@ def test_a_network_without_weights_on_record_is_not_carried_over(tmp_path, monke
     monkeypatch.setattr(workspace, "ROOT", tmp_path)
     execute.carry_over(tour.SHIPPED)
     assert store.find(tour.SHIPPED) is None and not list(tmp_path.rglob("*.pt"))
+
+
+# The exercises of the class
+
+
+def solution(heading):
+    """The code of an exercise's solution on the page for a class, below the cell that it goes on from."""
+    page = (ROOT / "docs" / "class.md").read_text()
+    (found,) = re.findall(rf"### {heading}\n.*?```python\n(.*?)```", page, re.S)
+    return found
+
+
+def test_a_mask_that_is_used_twice_tells_a_difference():
+    names = defined("split")
+    exec(solution("The same mask twice"), names)
+    assert names["told"] == 24 - 40
+
+
+def test_more_bits_move_one_end_of_the_reciprocal_and_not_the_other(capsys):
+    page = " ".join((ROOT / "docs" / "class.md").read_text().split())
+    ends = {}
+    for bits in (16, 20):
+        names = defined("reciprocal", lambda source, bits=bits: source.replace("16", str(bits)))
+        exec("from salvit_core.experiments import tour", names)
+        exec(solution("More bits").replace("bits=20", f"bits={bits}"), names)
+        ends[bits] = [round(float(each)) for each in capsys.readouterr().out.split()]
+    (first, noise), (moved, same) = ends[16], ends[20]
+    assert f"from {first} to {moved}" in page and noise == same and f"noise begins at {noise}" in page

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 from salvit_core import MECHANISMS, METHODS, figures, workspace
 from salvit_core.figures import style
@@ -74,12 +75,14 @@ TABLES = {
     ),
     "drift": long(series=["stock", "tuned"], layer=["one", "two"], node=["a"], error=[1e-3], scale=[2.0]),
     "curves": long(series=["a", "b"], tokens=[64, 256], ms=[2.0]),
+    "errors_over_ranges": pd.DataFrame({"x": [0.1, 1.0, 10.0], "error": [1e-4, 0.0, 1e5]}),
     "scatter_by_layer": long(layer=[2, 1], head=[1, 2], reach=[3.0], mean=[1.0]),
     "roofline": long(
         layer=["block 1", "pool"], kind=["a", "b"], intensity=[2.0], speed=[1e9], utilisation=[0.5], cycles=[9]
     ),
 }
 MORE = {
+    "errors_over_ranges": ({"covered": (0.2, 50.0), "asked": (0.5, 2.0)}, "the reciprocal", 0.01),
     "curves": ("tokens", {"ms": "ms"}),
     "scatter_by_layer": ("reach", {"mean": "mean of C"}),
     "roofline": (2e9, 1e9),
@@ -92,7 +95,8 @@ PANELS = {
 
 
 def test_every_public_drawing_function_is_in_one_of_the_tables_here():
-    rest = {"PALETTE", "STYLE", "WIDTH", "Look", "look", "looks", "save", "save_table", "heat_maps", "map_grid"}
+    rest = {"PALETTE", "STYLE", "WIDTH", "Look", "look", "looks", "save", "save_table"}
+    rest |= {"heat_maps", "map_grid", "pictures", "two_parties", "external_beside_self", "salvit"}
     assert set(figures.__all__) - rest == {*TABLES, *PANELS}
     assert all(hasattr(figures, name) for name in figures.__all__)
 
@@ -116,6 +120,67 @@ def test_a_figure_of_panels_has_one_for_each_table(name):
 def test_pictures():
     assert len(figures.heat_maps({"C": np.eye(3), "D": np.ones((2, 3))}).axes) == 4  # each with its colour bar
     assert len(figures.map_grid([np.ones((4, 4, 3))] * 2, {"SA": [np.eye(2)] * 2}).axes) == 4
+    shown = figures.pictures({"image": np.eye(2), "share": 1e18 * np.eye(2) - 2e18}).axes
+    assert [axis.get_title() for axis in shown] == ["image", "share"]
+    assert [axis.get_xlabel() for axis in shown] == ["0 to 1", "-2e+18 to -1e+18"]
+
+
+DIAGRAMS = {
+    "two_parties": lambda: figures.two_parties(152, note="counted"),
+    "external_beside_self": lambda: figures.external_beside_self(1024, 256, 4, 64, "softmax", note="counted"),
+    **{
+        f"salvit of {len(layers)} layers": lambda layers=layers: figures.salvit(
+            layers, "L2Q", ((3, 224, 224), (196, 384), 1000), note="counted"
+        )
+        for layers in (["self"], ["external", ("self", "external")] * 2, ["self"] * 3 + ["external"] * 11)
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIAGRAMS)
+def test_what_a_diagram_says_stands_in_its_boxes_and_does_not_overlap(name):
+    figure = DIAGRAMS[name]()
+    assert figure.get_supxlabel() == "counted"
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    boxes = [patch.get_window_extent() for patch in axis.patches if isinstance(patch, FancyBboxPatch)]
+    texts = [text for text in axis.texts if text.get_text()]
+    extents = [text.get_window_extent() for text in texts]
+    page = figure.bbox
+    assert len(boxes) >= 3 and len(texts) >= 3
+    for text, extent in zip(texts, extents, strict=True):
+        assert page.x0 <= extent.x0 and extent.x1 <= page.x1 and page.y0 <= extent.y0 and extent.y1 <= page.y1, text
+        for box in boxes:
+            inside = box.x0 <= extent.x0 and extent.x1 <= box.x1 and box.y0 <= extent.y0 and extent.y1 <= box.y1
+            assert inside or not box.overlaps(extent), text
+    for (one, first), (other, second) in itertools.combinations(zip(texts, extents, strict=True), 2):
+        assert not first.overlaps(second), (one.get_text(), other.get_text())
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+
+
+def test_a_diagram_says_what_it_is_given():
+    def said(figure):
+        return " ".join(text.get_text().replace("\n", " ") for text in figure.axes[0].texts)
+
+    assert "open, 152 rounds" in said(figures.two_parties(152)) and "in every round" in said(figures.two_parties())
+    both = said(figures.external_beside_self(256, 128, 4, 64, "L2Q"))
+    assert both.count("4 x 256 x 256") == 2 and both.count("4 x 256 x 64") == 2  # scores and weights of each
+    assert both.count("4 x 256 x 32") == 4 and "L2Q over the keys" in both
+    whole = said(figures.salvit(["self", "external", ("self", "external")], "L2Q", ((1, 8, 8), (16, 32), 10)))
+    assert "layer 1  SA" in whole and "layer 2  EA" in whole and "layer 3  SA EA" in whole
+    assert "image 1 x 8 x 8" in whole and "tokens 16 x 32" in whole and "10 logits" in whole and "learnt" in whole
+    assert "learnt" not in said(figures.salvit(["linformer"], "softmax", ((1, 8, 8), (16, 32), 10)))
+    with pytest.raises(ValueError, match="without layers: give the attention of at least one"):
+        figures.salvit([], "L2Q", ((1, 8, 8), (16, 32), 10))
+
+
+def test_ranges_stand_below_the_errors_as_far_as_the_table_goes():
+    table, more = TABLES["errors_over_ranges"], MORE["errors_over_ranges"]
+    above, below = figures.errors_over_ranges(table, *more).axes
+    np.testing.assert_allclose(above.lines[0].get_xydata(), [[0.1, 1e-4], [10, 1e5]])  # no error has no place
+    assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in below.patches] == [(0.2, 10.0), (0.5, 2.0)]
+    assert below.get_xscale() == "log" and below.get_xlim() == (0.1, 10.0)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -169,7 +234,7 @@ def test_empty_pictures_are_refused():
             figures.heat_maps({"D": np.eye(2), "C": empty})
         with pytest.raises(ValueError, match=f"picture 0 of row 'SA' {fault}: compute"):
             figures.map_grid([np.eye(2)], {"SA": [empty]})
-    for draw, nothing in ((figures.heat_maps, ({},)), (figures.map_grid, ([], {}))):
+    for draw, nothing in ((figures.heat_maps, ({},)), (figures.map_grid, ([], {})), (figures.pictures, ({},))):
         with pytest.raises(ValueError, match="without pictures: give"):
             draw(*nothing)
     with pytest.raises(ValueError, match="row 'SA' has 1 maps for 2 images"):

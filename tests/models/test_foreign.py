@@ -337,6 +337,23 @@ def test_costs_take_a_network_as_it_is():
     assert set(table["kind"]) >= {"convolution", "activation"}
 
 
+def test_a_division_takes_the_small_number_that_keeps_it_from_zero():
+    """So that a protocol knows how near to zero a sum can come; what else reads the sum still gets it."""
+
+    class Ratio(nn.Module):
+        def forward(self, x):
+            total = x.square().sum(-1, keepdim=True) + 2.0**-14
+            return torch.cat([x / total, total], -1)
+
+    example = torch.randn(2, 5)
+    graph = adopt(Ratio(), example)
+    (division,) = [module for module in graph.modules() if isinstance(module, Divide)]
+    assert division.eps == 2.0**-14
+    torch.testing.assert_close(graph(example), Ratio()(example))
+    alone = adopt(Does(lambda n, x: x / (x.square().sum(-1, keepdim=True) + 2.0**-14)), example)
+    assert [node.target for node in alone.graph.nodes if node.op == "call_function"] == []
+
+
 def test_a_division_is_told_the_size_of_its_denominators():
     network = settled(NETS["linear attention"]())
     scales = []

@@ -65,7 +65,10 @@ def parties_alive():
 
 def watchers():
     """What the nursery forked and has not ended: parties, and who waits for each."""
-    return psutil.Process(forks._here.process.pid).children(recursive=True) if forks._here else []
+    here = forks._here
+    if here is None or here.process.poll() is not None:  # one that did not answer in time was ended
+        return []
+    return psutil.Process(here.process.pid).children(recursive=True)
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +194,11 @@ def test_a_killed_dealer_is_named():
 
 
 def test_time_out():
-    assert fail(r"took longer than 1 s: party 0 \(server\) was still running", timeout=1) < 11
+    assert right(private.infer(model(), images()))  # the nursery has imported what forks need, however busy the machine
+    begin = time.monotonic()
+    with pytest.raises(private.PrivateInferenceError, match=r"longer than 5 s: party 0 \(server\) was still running"):
+        private.infer(CCT(preset("cct_7_3x1")), torch.zeros(16, 3, 32, 32), timeout=5)
+    assert time.monotonic() - begin < 25  # the clear logits of 16 images are in it
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from .power import octave_window
 from .product import entered, multiply
 from .truncate import truncate
 
-QUOTIENT = (-12, 6)  # of a denominator over its public scale
+QUOTIENT = (-12, 9)  # of a denominator over its public scale, where eps does not keep it further from zero
 INVERSE_BITS = 11  # of v, whose fifth power must fit
+KEPT_BITS = 15  # of 1 / v
+MOST_OCTAVES = 26  # whose comparison takes 8 digits
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def deal_powers(deal: Dealing, count: int, degree: int):
 
 
 def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
-    """1 / x for x from 2^low to 2^high, to 7e-4 of its value; below 2^low, zero included, less than 5 * 2^-low.
+    """1 / x for x from 2^low to 2^high, to 7e-4 and a unit of 1 / v; below 2^low, or of zero, less than 5 * 2^-low.
 
     `power` for many numbers: its J is a quarter, for five rounds more. Three rounds find x's octave and with it a
     secret power of two that takes x to v in [1, 2), two truncate v, one opens it masked for a quintic, two truncate
@@ -83,16 +85,26 @@ def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
     return Share(y.data.view(x.shape), y.bits)
 
 
+def _quotient(module: Divide) -> tuple[tuple[int, int], bool]:
+    """The octaves of (b + eps) / scale, and whether eps keeps every sum b >= 0 above the lowest."""
+    low, high = QUOTIENT
+    if module.eps <= 0:
+        return (low, high), False
+    least = math.floor(math.log2(module.eps)) - round(math.log2(module.scale))
+    lowest = high - MOST_OCTAVES
+    return (min(max(least, lowest), low + 4), high), least >= lowest
+
+
 def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator: Share | Weight) -> Share:
-    """Quotients a / (b + eps) for b / scale from 2^-12 to 2^6 and quotients below 2^8; of a zero a, zero whatever b is.
+    """Quotients a / (b + eps) for b / scale up to 2^9 and quotients below 2^8; of a zero a, zero whatever b is.
 
-    Such a b is a sum of many terms >= 0, of which `scale`, rounded to a power of two, is the usual size: few sums are
-    64 times larger, but where most terms are near zero it can be small, down to eps, 2^-14. The reciprocal of b / scale
-    has 23 fractional bits, 18 of them of its own, and a keeps the bits it comes with. Below 2^-12 scale the
-    reciprocal stays below 5 * 2^12 / scale.
+    Such a b is a sum of terms >= 0, of which `scale`, rounded to a power of two, is the usual size: in networks that
+    were trained a few sums are a hundred times larger, and a few lie next to zero. The octaves of the reciprocal
+    therefore reach down to eps / scale, which no sum can leave, but not below 2^-17; to 2^-12 where eps is zero. The
+    reciprocal of b / scale has 23 fractional bits, 15 of them of its own, and a keeps the bits it comes with.
 
-    Within 1e-3 of the value (3e-3 for b / scale below 2^-11) and a step, and what a and b err by themselves. Twelve
-    rounds; n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
+    Within 1e-3 of the value (3e-3 in the lowest octave) and a step, and what a and b err by themselves. Twelve rounds;
+    n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
 
     Functionality:
         Inputs: Both shared.
@@ -101,11 +113,12 @@ def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator:
         Simulator: uniform words and bits.
         Failure: 0: a has too few bits to lose any in every network here, and all else is truncated exactly.
     """
+    octaves, _ = _quotient(module)
     down = round(math.log2(module.scale))  # a power of two is free
     b = entered(denominator).settle()
     b = b.to(max(b.bits, session.bits + 4)) + module.eps
     b = Share(b.data, b.bits + down)
-    inverse = reciprocal(b, QUOTIENT, 18)
+    inverse = reciprocal(b, octaves, KEPT_BITS)
     a = entered(numerator).settle()
     # Quotients below 2^8 leave 54 bits to the product.
     a = a.to(min(a.bits, 54 - inverse.bits - down))
@@ -116,14 +129,14 @@ def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator:
 def divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> list[Span]:
     """The range of denominators and quotients."""
     a, b = torch.broadcast_tensors(a, b + module.eps)
+    octaves, kept = _quotient(module)
     units = b / 2.0 ** round(math.log2(module.scale))
+    found = spans("scaled denominators", units, (0, 2.0 ** octaves[1])) + spans("quotients", a / b, (-(2.0**8), 2.0**8))
+    if kept:
+        return found
     # Below the range a quotient may come out three times as large: that is nothing where it is next to nothing.
     small = (a / b).abs() < 2.0**-11
-    return (
-        spans("scaled denominators", units, (0, 2.0 ** QUOTIENT[1]))
-        + spans("quotients", a / b, (-(2.0**8), 2.0**8))
-        + within_octaves("scaled denominators that count", units.masked_fill(small, 0), QUOTIENT, zeros=True)
-    )
+    return found + within_octaves("scaled denominators that count", units.masked_fill(small, 0), octaves, zeros=True)
 
 
 @functools.cache
