@@ -147,6 +147,9 @@ def test_a_newer_notebook_of_the_project_leaves_the_copy_that_was_worked_on(lab)
     assert git(folder, "status", "--porcelain") == ""
 
 
+ERRORS = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"
+
+
 def cut(folder, number, kept, extra="", **values):
     """A copy of a notebook with its imports and a few of its cells alone, and other parameters: its name."""
     (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
@@ -171,7 +174,8 @@ def run_all(page, lab, name):
     tab.get_by_text("| Idle").wait_for(timeout=60_000)
     tab.get_by_role("menuitem", name="Run", exact=True).click()
     tab.get_by_text("Run All Cells", exact=True).click()
-    tab.locator(".widget-dropdown").first.wait_for(state="attached", timeout=200_000)
+    tab.locator(f".widget-dropdown, {ERRORS}").first.wait_for(state="attached", timeout=200_000)
+    assert tab.locator(ERRORS).all_inner_texts() == []
     return tab
 
 
@@ -188,8 +192,7 @@ def choose(tab, label, option):
     while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
         tab.wait_for_timeout(200)
     assert before and after != before, f"{label}: {option}"
-    errors = tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']")
-    assert errors.count() == 0
+    assert tab.locator(ERRORS).all_inner_texts() == []
 
 
 def test_a_method_by_layer_in_notebook_01(page, lab, tmp_path):
