@@ -303,7 +303,7 @@ def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFr
 
 
 def _at(part: pd.DataFrame, seconds: str) -> pd.DataFrame:
-    """With x, x_low and x_high of a figure: the median cost and its range, where it is known."""
+    """With x, x_low and x_high of a figure: the cost and its range, where it is known."""
     ends = {f"x{end}": part[f"{seconds}{end}"] for end in ("", "_low", "_high") if f"{seconds}{end}" in part}
     return part.assign(**ends)
 
@@ -337,7 +337,7 @@ def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[st
     """The panels of Figures 1, 5 and 6, by the file that they go to; a figure that would be empty is left out.
 
     Figure 1 is of the first data set, beside it the paper's of CIFAR-10; Figure 5 of CIFAR-100 and Tiny-ImageNet, ours
-    where there is it, and the paper's; Figure 6 of SAS-L at one budget with each normaliser.
+    where there is it, and the paper's; Figure 6 of SAS-L at one budget with each normaliser, with both protocols.
 
     Args:
         table: `with_costs`.
@@ -352,10 +352,14 @@ def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[st
         ours = {title: each for title, each in mine.items() if title.endswith(protocol)}
         if ours or protocol == "stock":
             made[name] = ours | published
-    for seconds, protocol, name in (("seconds", "stock", "normalizers"), ("tuned_seconds", "tuned", "tuned")):
-        known = {f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds) for data in sets if seconds in table}
-        if known := {title: each for title, each in known.items() if len(each)}:
-            made[f"figure_6_{name}"] = known
+    six = {
+        f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds)
+        for data in sets
+        for protocol, seconds in (("stock", "seconds"), ("tuned", "tuned_seconds"))
+        if seconds in table
+    }
+    if six := {title: each for title, each in six.items() if len(each)}:
+        made["figure_6_normalizers"] = six
     return made
 
 

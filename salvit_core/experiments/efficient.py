@@ -100,6 +100,12 @@ def comparison(plan: Mapping, trained: Mapping, clear: Mapping, spent: Mapping, 
     return pd.DataFrame(rows)
 
 
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`comparison` to be read: rounded, without the spread of measurements, which figures draw."""
+    spread = [name for name in table if name.endswith(("_low", "_high")) or name.startswith("iqr_")]
+    return table.drop(columns=spread).set_index(["dataset", "method"]).round(3)
+
+
 def publish(table: pd.DataFrame, name: str) -> None:
     """The comparison beside the local records, as JSON and CSV."""
     folder = store.folder() / "efficient"
@@ -233,6 +239,17 @@ def table_2(runs: Mapping, found: Mapping, networks: Mapping, whole: Mapping) ->
     table["paper ratio"] = published["latency_s"] / published["latency_s"]["SA softmax"]
     table["paper bottleneck"] = published["bottleneck"]
     return table.rename_axis("method")
+
+
+def shown_table_2(table: pd.DataFrame) -> pd.DataFrame:
+    """`table_2` to be read: rounded, under the protocols' names and the paper's; what is not on record is left out."""
+    names = {"seconds": "s", "ratio": "ratio", "network s": "network s", "rounds": "rounds", "mb": "MB"}
+    names |= {"most": "most", "faithful": "right"}
+    columns = {(protocol, names[name]): f"{protocol} {name}" for protocol in ("stock", "tuned") for name in names}
+    columns |= {("paper", name): f"paper {name}" for name in ("ratio", "bottleneck")}
+    made = pd.DataFrame({place: table[name] for place, name in columns.items()}).dropna(axis=1, how="all")
+    numbers = [place for place in made if place[1] not in ("most", "right", "bottleneck", "rounds")]
+    return made.astype(dict.fromkeys(numbers, float)).round(2)
 
 
 def table_2_panels(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -52,14 +52,20 @@ def complete(found: Mapping[PrivateRun, dict]) -> bool:
     return bool(by[0]) and by[0] == by[1]
 
 
-def by_kind_beside(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """A cost by kind, stock and tuned under each method; of seconds, what is offline in a column of its own."""
+def by_kind_beside(rows: pd.DataFrame, quantity: str, ranges: bool = False) -> pd.DataFrame:
+    """A cost by kind, stock and tuned under each method; of seconds, what is offline in a column of its own.
+
+    With `ranges` also low and high, as in `latency.by_kind`.
+    """
     table = latency.by_kind(rows, quantity)
     if quantity == "seconds":
         offline = latency.by_kind(rows, "offline_seconds")
         table = (table - offline).clip(lower=0)
         table.columns = table.columns.add_categories(["offline"])
         table["offline"] = offline.sum(axis=1)
+    if ranges:
+        known = latency.by_kind(rows, quantity, ranges=True)
+        table = table.join(known[[end for end in ("low", "high") if end in known]])
     table = table.swaplevel().sort_index(level=0, sort_remaining=False)
     return table.set_axis([f"{method}, {protocol}" for method, protocol in table.index])
 

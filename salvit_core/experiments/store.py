@@ -208,9 +208,18 @@ def _named(machine: dict) -> str:
 
 
 def listing(found: Iterable[dict]) -> pd.DataFrame:
-    """What a notebook made or read: study, key, date, seed, wall time, commit of each record, each once."""
-    columns = ["study", "key", "source", "date", "seed", "wall_seconds", "commit"]
-    every = {(record["study"], record["key"]): record for record in found}
+    """What a notebook made or read: each record once, by study and date.
+
+    Returns:
+        columns study, key (the eight digits in its file's name), source, date, seed, seconds, commit, and one for each
+        library, its version.
+    """
+    columns, every = ["study", "key", "source", "date", "seed", "seconds", "commit"], {}
+    for record in found:
+        columns += [name for name in record["versions"] if name not in columns]
+        seconds, day = round(record["wall_seconds"], 1), record["date"][:16].replace("T", " ")
+        short = {"key": record["key"][:8], "date": day, "seconds": seconds}
+        every[record["study"], record["key"]] = record | short | record["versions"]
     return pd.DataFrame(list(every.values()), columns=columns).sort_values(["study", "date"], ignore_index=True)
 
 

@@ -1,8 +1,8 @@
 """Tables in, matplotlib Figures out, all in one style; nothing here computes a result.
 
-A table carries its order: the place of a value among the categories of its column fixes how it looks in every figure
-(`style.looks`). No mechanism, normaliser or kind of operation is known here by name. `widgets` stands beside this, for
-notebooks: it alone needs ipywidgets.
+Methods, normalisers, kinds of operation, protocols and links look the same in every figure, by name (`registry`); how
+what has no name there looks, its place among the categories of its column says. Panels that differ in the protocol
+alone have equal axes (`labels`). `widgets` stands beside this, for notebooks: it alone needs ipywidgets.
 """
 
 from .accuracy import accuracy_against, accuracy_by_variant, drift
@@ -13,10 +13,11 @@ from .learned import normalizer_curves, parameter_ranges, scatter_by_layer
 from .maps import heat_maps, map_grid, pictures
 from .quantities import curves, dots
 from .quantization import accuracy_by_bits
+from .registry import PALETTE, Look, look
 from .roofline import roofline
 from .saving import save, save_table
 from .search import trajectories
-from .style import PALETTE, STYLE, WIDTH, Look, look, looks
+from .style import STYLE, WIDTH, looks
 
 __all__ = [
     "PALETTE",

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .labels import compared, equal_scales, write_labels
 from .style import (
@@ -87,7 +88,6 @@ def accuracy_against(
         crowd = max(len(table) for table in tables.values())
         size = (WIDTH, max(3.2, 2.0 + 0.16 * crowd))
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        equal_scales(dict(zip(tables, axes[0], strict=True)))
         names: list[tuple[Axes, float, float, str]] = []
         for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
             for series, part in parts(table, "series"):
@@ -98,18 +98,21 @@ def accuracy_against(
                 names += zip(repeat(axis), part["x"], part["accuracy"], _names(str(series), part["method"]))
             axis.set_title(title)
             axis.set_xlabel((labels or {}).get(title, "private latency (s)"))
+            axis.set_ylabel("test accuracy (%)")
             if log:
                 axis.set_xscale("log")
-            axis.set_ylabel("test accuracy (%)")
+            elif all(float(x).is_integer() for x in table["x"]):
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.margins(x=0.15, y=0.12)
+        equal_scales(dict(zip(tables, axes[0], strict=True)), margin=0.15)
         if log:
             for axis in axes[0]:
                 write_plainly(axis.xaxis)
         write_note(figure, note)
         if not write_labels(figure, names):
             write_legend(figure, 4)
-            series_named = {str(series) for series in styles}
-            write_labels(figure, [(*place, "" if name in series_named else name) for *place, name in names])
+            known = {str(series) for series in styles}  # the legend names these
+            write_labels(figure, [(axis, x, y, "" if name in known else name) for axis, x, y, name in names])
     return figure
 
 

@@ -1,13 +1,15 @@
 """What a private inference costs: by kind of operation, and as a fraction of the baseline's beside the paper's."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from .labels import compared, equal_scales
-from .looks import BESIDES
+from .registry import BESIDES
 from .style import STYLE, WIDTH, looks, order, refuse_empty, refuse_empty_panels, write_legend, write_note
 
 RANGE = ["low", "high"]
@@ -48,22 +50,25 @@ def stacked_kinds(panels: dict[str, pd.DataFrame], note: str = "", ends: Mapping
         figure, axes = plt.subplots(
             1, len(panels), figsize=(WIDTH, 1.5 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
         )
-        equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis, (label, table) in zip(axes[0], panels.items(), strict=True):
-            left = pd.Series(0.0, index=table.index)
+            left = np.zeros(len(table))
             for kind, drawn in styles.items():
                 if kind not in table.columns:
                     continue
-                length = table[kind].fillna(0.0)
+                length = table[kind].fillna(0.0).to_numpy()
                 names = table.index.astype(str)
                 axis.barh(names, length, left=left, height=0.72, linewidth=0.3, label=kind, **drawn.bar)
                 left = left + length
             if set(RANGE) <= set(table.columns):
-                error = [(left - table["low"]).clip(lower=0), (table["high"] - left).clip(lower=0)]
+                low, high = (table[end].to_numpy() for end in RANGE)
+                error = np.maximum(0, [left - low, high - left])
                 whisker = {"ecolor": "black", "elinewidth": 0.8, "capsize": 2}
                 axis.errorbar(left, table.index.astype(str), xerr=error, fmt="none", **whisker)
             axis.set_xlabel(label)
+            axis.use_sticky_edges = False  # of a kind without length, at the end of the bar
             axis.margins(x=0.04)
+        equal_scales(dict(zip(panels, axes[0], strict=True)), margin=0.04)
+        for axis, label in zip(axes[0], panels, strict=True):
             axis.set_xlim(0, 1.04 * ends[label] if label in ends else None)
         axes[0][0].invert_yaxis()
         write_legend(figure, 5, handlelength=2.4)
@@ -83,7 +88,7 @@ def ratios_beside_paper(table: pd.DataFrame, note: str = "", baseline: str = "th
         ValueError: the table is empty, or lacks a column.
     """
     # Whose they are, in black and grey: colours are the methods'.
-    labels = {
+    labels: dict[str, tuple[str, dict[str, Any]]] = {
         "complete": ("ours, complete", {"marker": "o", "color": "black"}),
         "without_layernorm": ("ours, without LayerNorm (as in the paper)", {"marker": "s", "color": "0.6"}),
         "paper": ("paper", {"marker": "D", "color": "white"}),

@@ -12,10 +12,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from .style import PALETTE, STYLE, WIDTH, write_note
+from .registry import LOOKS, PALETTE
+from .style import STYLE, WIDTH, write_note
 
 SERVER, CLIENT, DEALER = PALETTE[:3]
-SELF, EXTERNAL = PALETTE[0], PALETTE[1]
+SELF, EXTERNAL, EITHER = (LOOKS[name].color for name in ("SA softmax", "EA softmax", "SAL-ViT"))
 ATTENTION = {"self": ("SA", SELF), "external": ("EA", EXTERNAL)}
 PLAIN = "0.6"
 
@@ -127,12 +128,12 @@ def salvit(
         named = [ATTENTION.get(kind, (kind, PLAIN)) for kind in kinds]
         text = "\n".join(short for short, _ in named)
         number = f"layer {i + 1}" if len(attention) < 9 else f"{i + 1}"
-        chain.append((f"{number}\n\n{text}", named[0][1] if len(named) == 1 else PALETTE[4]))
+        chain.append((f"{number}\n\n{text}", named[0][1] if len(named) == 1 else EITHER))
     chain += [("pooling\nsoftmax\nover\ntokens", PLAIN), (f"head\n{classes}\nlogits", PLAIN)]
     inside = [
         ("tokens\n" + " x ".join(map(str, tokens)), PLAIN),
         ("LayerNorm", PLAIN),
-        (f"SA or EA\nwith {normalizer}", PALETTE[4]),
+        (f"SA or EA\nwith {normalizer}", EITHER),
         ("add", PLAIN),
         ("LayerNorm", PLAIN),
         ("linear, GELU,\nlinear", PLAIN),

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import STYLE, WIDTH, look, refuse_empty, write_legend, write_note
+from .style import STYLE, WIDTH, looks, refuse_empty, write_legend, write_note
 
 
 def errors_over_ranges(
@@ -25,18 +25,19 @@ def errors_over_ranges(
         ValueError: the table is empty.
     """
     refuse_empty(table, ("x", "error"))
+    styles = looks([label, *ranges])
     shown = table[table["error"] > 0]
     low, high = table["x"].min(), table["x"].max()
     with plt.rc_context(STYLE):
         figure, (above, below) = plt.subplots(
             *(2, 1), figsize=(WIDTH, 3.4), sharex=True, layout="constrained", height_ratios=(3, 0.3 + 0.3 * len(ranges))
         )
-        above.loglog(shown["x"], shown["error"], color=look(0).color, linewidth=1.2, label=label)
+        above.loglog(shown["x"], shown["error"], color=styles[label].color, linewidth=1.2, label=label)
         above.axhline(bound, color="0.5", linestyle=":", linewidth=0.8, label=f"{bound:.0%}")
         above.set_ylabel("relative error")
-        for place, (name, (least, most)) in enumerate(ranges.items()):
+        for name, (least, most) in ranges.items():
             start, end = max(least, low), min(most, high)
-            below.barh(name, end - start, left=start, height=0.6, **look(place + 1).bar)
+            below.barh(name, end - start, left=start, height=0.6, **styles[name].bar)
         below.invert_yaxis()
         below.set_xlim(low, high)
         below.set_xlabel("x")

@@ -3,21 +3,26 @@
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from .looks import PROTOCOLS
+from .registry import PROTOCOLS
 
 SIZE = 5.5  # points, of a name
 MARKER = 3.5  # points, from the middle of a point to its edge
 GAP = 4.5  # points from the middle of a point to its name, where it is beside it
 REACHES = (0, 3, 6, 9, 13, 17, 22, 28, 35, 44, 55)  # points farther, at the end of a thin line
 SIDES = (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 340, 200, 70, 110, 290, 250)  # degrees, the best ones first
-ORDERS = 6  # in which points choose: the crowded ones first, then as a seeded draw has it
-MOVES = 20  # of a point that found no room to the front, in each
+_AROUND = np.radians(SIDES)
+# What is tried in turn: reach, and a step towards the side.
+TRIED = np.array([(reach, *np.round([np.cos(side), np.sin(side)], 2)) for reach, side in product(REACHES, _AROUND)])
+ORDERS = 4  # in which points choose: the crowded ones first, then as a seeded draw has it
+MOVES = 12  # of a point that found no room to the front, in each
 
 
 def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]]) -> bool:
@@ -38,7 +43,10 @@ def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]
     written: list[Annotation] = []
     for axis in dict.fromkeys(axis for axis, *_ in points):
         part = [(x, y, name) for each, x, y, name in points if each is axis]
-        spots = _nearest(axis, part, True) or _nearest(axis, part, False)
+        drawn = [curve.get_xydata() for curve in axis.lines]
+        drawn += [each for some in axis.collections if isinstance(some, LineCollection) for each in some.get_segments()]
+        curves = [box for curve in drawn for box in _along(axis.transData.transform(curve))]
+        spots = _nearest(axis, part, curves) or (_nearest(axis, part, []) if curves else None)
         if spots is None:
             for each in written:
                 each.remove()
@@ -47,24 +55,24 @@ def write_labels(figure: Figure, points: Iterable[tuple[Axes, float, float, str]
     return True
 
 
-Spot = tuple[np.ndarray, int]  # where a name starts, in points from its point, and how far beyond beside it
+Spot = tuple[np.ndarray, float]  # where a name starts, in points from its point, and how far beyond beside it
 
 
-def _nearest(axis: Axes, points: list[tuple[float, float, str]], clear_of_curves: bool) -> dict[int, Spot] | None:
-    """Where the names of one panel are nearest to their points, by number of the point; None where there is no room."""
+def _nearest(axis: Axes, points: list[tuple[float, float, str]], curves: list) -> dict[int, Spot] | None:
+    """Where the names of one panel are nearest to their points, by number of the point; None where there is no room.
+
+    A name does not lie on `curves`; a line from a point to its name may cross them.
+    """
     scale = axis.figure.dpi / 72  # pixels in a point
     places = axis.transData.transform([(x, y) for x, y, _ in points])
     sizes = [_size(axis, name) for *_, name in points]
-    curves = []  # a name does not lie on these; a line to its point may cross them
-    for curve in axis.lines if clear_of_curves else ():
-        curves += _along(axis.transData.transform(curve.get_xydata()))
     named = np.flatnonzero([bool(name) for *_, name in points])
     near = (np.linalg.norm(places[:, None] - places[None], axis=-1) < 40 * scale).sum(0)
     draw, found = np.random.default_rng(0), []
     for order in [named[np.argsort(-near[named], kind="stable")], *[draw.permutation(named) for _ in range(ORDERS)]]:
         turns = list(order)
         for _ in range(MOVES):
-            spots = _spots(axis.bbox.extents, places, sizes, turns, curves, scale)
+            spots = _spots(np.array(axis.bbox.extents), places, sizes, turns, curves, scale)
             if len(spots) == len(turns):
                 found.append(spots)
                 break
@@ -88,28 +96,25 @@ def _spot(
     frame: np.ndarray, place: np.ndarray, size: np.ndarray, taken: list, curves: list, scale: float
 ) -> Spot | None:
     """Of one name, whose room is then taken."""
-    own = np.array([_box(place - MARKER * scale, place + MARKER * scale)])
-    others, everything = np.array(taken), np.array([*taken, *curves])
-    for reach, side in product(REACHES, SIDES):
-        toward = np.round([np.cos(np.radians(side)), np.sin(np.radians(side))], 2)
-        end = place + (GAP + reach) * scale * toward
-        corner = end + size * (np.sign(toward) - 1) / 2
-        box = _box(corner, corner + size)
-        inside = (box[:2] >= frame[:2]).all() and (box[2:] <= frame[2:]).all()
-        if not inside or _overlap(box, everything):
-            continue
-        line = _along(np.array([place, end])) if reach else []
-        line = [each for each in line if not _overlap(each, own)]
-        if not any(_overlap(each, others) for each in line):
-            taken += [box, *line]
-            return (corner - place) / scale, reach
+    ends = place + (GAP + TRIED[:, :1]) * scale * TRIED[:, 1:]
+    corners = ends + size * (np.sign(TRIED[:, 1:]) - 1) / 2
+    boxes = np.hstack([corners, corners + size])
+    inside = (boxes[:, :2] >= frame[:2]).all(1) & (boxes[:, 2:] <= frame[2:]).all(1)
+    others, own = np.array(taken), _box(place - MARKER * scale, place + MARKER * scale)[None]
+    for i in np.flatnonzero(inside & ~_overlap(boxes, np.array([*taken, *curves]))):
+        reach = TRIED[i, 0]
+        line = np.array(_along(np.array([place, ends[i]])) if reach else np.zeros((0, 4)))
+        line = line[~_overlap(line, own)]
+        if not _overlap(line, others).any():
+            taken += [boxes[i], *line]
+            return (corners[i] - place) / scale, reach
     return None
 
 
-def _annotate(axis: Axes, point: tuple[float, float, str], offset: np.ndarray, reach: int) -> Annotation:
+def _annotate(axis: Axes, point: tuple[float, float, str], offset: np.ndarray, reach: float) -> Annotation:
     x, y, name = point
     thin = {"arrowstyle": "-", "color": "0.55", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
-    options = {"xytext": tuple(offset), "textcoords": "offset points", "ha": "left", "va": "bottom"}
+    options: dict[str, Any] = {"xytext": tuple(offset), "textcoords": "offset points", "ha": "left", "va": "bottom"}
     label = axis.annotate(name, (x, y), fontsize=SIZE, arrowprops=thin if reach else None, **options)
     label.set_in_layout(False)  # the layout stays that by which the place was found
     return label
@@ -137,8 +142,10 @@ def _along(corners: np.ndarray) -> list[np.ndarray]:
     return boxes
 
 
-def _overlap(box: np.ndarray, others: np.ndarray) -> bool:
-    return bool(((box[:2] < others[:, 2:]) & (others[:, :2] < box[2:])).all(1).any())
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the boxes lies on any of the others."""
+    boxes = boxes[:, None]
+    return np.any(np.all((boxes[..., :2] < others[:, 2:]) & (others[:, :2] < boxes[..., 2:]), axis=-1), axis=-1)
 
 
 _PROTOCOL = re.compile(r"\b(" + "|".join(PROTOCOLS) + r")\b")
@@ -152,8 +159,17 @@ def compared(titles: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def equal_scales(axes: Mapping[str, Axes]) -> None:
-    """Give the panels that are `compared`, by title, one horizontal axis; before anything is drawn in them."""
+def equal_scales(axes: Mapping[str, Axes], margin: float = 0.05) -> None:
+    """Give the panels that are `compared`, by title, one horizontal scale, which holds what is drawn in any of them.
+
+    Args:
+        axes: by title, with everything drawn and their kind of scale, linear or logarithmic, set.
+        margin: on both sides, as a part of the whole.
+    """
     for group in compared(axes):
-        for title in group[1:]:
-            axes[title].sharex(axes[group[0]])
+        low, high = np.transpose([axes[title].dataLim.intervalx for title in group])
+        scale = axes[group[0]].xaxis.get_transform()
+        ends = scale.transform([low.min(), high.max()])
+        wider = scale.inverted().transform(ends + margin * np.ptp(ends) * np.array([-1, 1]))
+        for title in group:
+            axes[title].set_xlim(*wider)

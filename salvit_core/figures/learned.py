@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .looks import LOOKS
+from .registry import LOOKS
 from .style import STYLE, WIDTH, looks, parts, refuse_empty, write_legend, write_note
 
 

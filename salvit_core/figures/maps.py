@@ -39,7 +39,7 @@ def heat_maps(
             figure.colorbar(shown, ax=axis, shrink=0.8)
             axis.set_title(title)
             if isinstance(matrix, pd.DataFrame):
-                axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=30, ha="right")
+                axis.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=90)
                 axis.set_yticks(range(matrix.shape[0]), matrix.index)
             axis.set_xlabel(labels[0])
             axis.set_ylabel(labels[1])

@@ -46,7 +46,6 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
         figure, axes = plt.subplots(
             1, len(panels), figsize=(WIDTH, 1.3 + 0.24 * rows), sharey=True, squeeze=False, layout="constrained"
         )
-        equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
             places = range(len(table))
             axis.hlines(places, table.min(axis=1), table.max(axis=1), color="0.8", linewidth=2, zorder=1)
@@ -65,6 +64,8 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
                 axis.set_xscale("log")
             else:
                 axis.set_xlim(0, 1.08 * most or 1.0)
+        if log:
+            equal_scales(dict(zip(panels, axes[0], strict=True)))
         for axis in axes[0] if log else ():
             write_plainly(axis.xaxis)
         axes[0][0].invert_yaxis()

@@ -15,9 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from .looks import DASHES, HATCHES, LOOKS, MARKERS, PALETTE, Look, look
-
-__all__ = ["DASHES", "HATCHES", "MARKERS", "PALETTE", "Look", "look"]  # of `looks`, for who has them from here
+from .registry import LOOKS, Look, look
 
 # Loads the backend now. A notebook's turns interactive drawing on when it is loaded: were that at the first figure,
 # which is made in an rc_context, leaving it would turn that off, and every figure but the first would stay unseen.
@@ -64,7 +62,7 @@ def order(*columns: Column) -> list[Hashable]:
 
 
 def looks(*columns: Column) -> dict[Hashable, Look]:
-    """How each value of the columns looks: by its name (`looks.LOOKS`), or by its place in their `order`.
+    """How each value of the columns looks: by its name (`registry.LOOKS`), or by its place in their `order`.
 
     That is the place among those without a name: where a column is Categorical, among all its categories, so that a
     value looks the same whatever is drawn beside it; otherwise among the values drawn. Beside values that have names,
@@ -72,7 +70,7 @@ def looks(*columns: Column) -> dict[Hashable, Look]:
     """
     values = order(*columns)
     named = {value: LOOKS[value] for value in values if isinstance(value, str) and value in LOOKS}
-    places = map(look, itertools.count())
+    places: Iterator[Look] = map(look, itertools.count())
     if named:
         taken = {(part, one.marker) for one in LOOKS.values() for part in (one.color, one.dashes)}
         free = (one for one in map(look, range(60)) if not taken & {(one.color, one.marker), (one.dashes, one.marker)})

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from salvit_core import METHODS, preset
-from salvit_core.experiments import latency
+from salvit_core.experiments import latency, links_and_dealers
 from salvit_core.experiments.runs import PrivateRun, name_of
 from salvit_core.models.operations import KINDS
 from salvit_core.models.rows import ROWS
@@ -51,6 +51,18 @@ def test_records_of_two_protocols_are_kept_apart():
     # In the order of all methods and kinds, so that each looks the same in every figure.
     assert tuple(kinds.columns.categories) == KINDS
     assert list(rows["method"].cat.categories) == list(ROWS)
+
+
+def test_ranges_are_of_a_querys_whole_cost_where_any_method_has_several():
+    rows = latency.operations(mixed())
+    table = latency.by_kind(rows, "seconds", ranges=True)
+    assert list(table.columns) == ["LayerNorm", "scores", "low", "high"]
+    assert table.loc[("stock", "SA 2Quad"), ["low", "high"]].tolist() == [3.0, 6.0]
+    assert table.loc[("tuned", "SA 2Quad"), ["low", "high"]].tolist() == [1.5, 1.5]  # one query
+    assert "low" not in latency.by_kind(rows[rows["protocol"] == "tuned"], "seconds", ranges=True)
+    beside = links_and_dealers.by_kind_beside(rows, "seconds", ranges=True)
+    assert beside.loc["SA 2Quad, stock", ["low", "high"]].tolist() == [3.0, 6.0]
+    assert beside.loc["SA 2Quad, tuned"].drop(["low", "high"]).sum() == 1.5  # the range is no part of the stack
 
 
 def test_a_mixed_table_holds_each_protocols_own():

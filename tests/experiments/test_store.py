@@ -145,8 +145,18 @@ def test_caption_and_listing():
         store.ensure(Config(size), lambda config: {"value": config.size * 2})
     found = store.load("study")
     assert sorted((record["config"]["size"], record["metrics"]["value"]) for record in found) == [(1, 2), (2, 4)]
-    assert store.caption(found).startswith("measured: 2 runs, 20") and store.caption([]) == "no records"
-    assert len(store.listing([*found, *found])) == 2
+    day, machine = found[0]["date"][:10], found[0]["machine"]
+    on = f"{machine['processor']}, {machine['cores']} cores"
+    assert store.caption(found) == f"measured: 2 runs, seed 0, {day}, {on}" and store.caption([]) == "no records"
+    assert store.caption(found[:1]).startswith("measured: 1 run, seed 0, ")
+    seeds = [dict(record, seed=seed) for record, seed in zip(found, (1, None), strict=True)]
+    assert "2 runs, seed 1, " in store.caption(seeds) and "seeds 0, 1, " in store.caption([*found, *seeds])
+    listed = store.listing([*found, *found])
+    assert len(listed) == 2
+    # Versions stand here, and not in captions.
+    import torch
+
+    assert (listed["torch"] == torch.__version__).all() and "python" in listed
 
 
 KILLED = """
@@ -244,4 +254,4 @@ def test_an_accelerator_is_part_of_the_machine(monkeypatch):
     machine = store.machine.__wrapped__()
     assert machine["accelerator"] == "NVIDIA H100"
     record = {**store.circumstances(), "machine": {**machine, "processor": "Xeon", "cores": 16}}
-    assert "NVIDIA H100 beside Xeon, 16 cores;" in store.caption([record])
+    assert store.caption([record]).endswith("NVIDIA H100 beside Xeon, 16 cores")

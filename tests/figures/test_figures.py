@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from salvit_core import MECHANISMS, METHODS, figures, workspace
-from salvit_core.figures import style
+from salvit_core.figures import registry, style
 from salvit_core.figures.widgets import explore
 
 
@@ -32,11 +33,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def lines(figure):
-    """Colour, dashes and marker by the names in a figure's legend."""
-    handles, names = figure.legends[0].legend_handles, [text.get_text() for text in figure.legends[0].get_texts()]
+    """Colour, dashes and marker by the names of all lines of a figure."""
     return {
-        name: (line.get_color(), line.get_linestyle(), line.get_marker(), line._unscaled_dash_pattern)
-        for name, line in zip(names, handles, strict=True)
+        line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker(), line._unscaled_dash_pattern)
+        for line in (line for axis in figure.axes for line in axis.lines)
     }
 
 
@@ -255,12 +255,12 @@ def test_places_look_different_in_colour_and_without_it():
     for one, next_one in itertools.pairwise(many):
         assert one.color != next_one.color and one.hatch != next_one.hatch
         assert one.dashes != next_one.dashes and one.marker != next_one.marker
-    assert len(set(style.MARKERS)) == 12 and len(set(style.HATCHES)) == 11
+    assert len(set(registry.MARKERS)) == 12 and len(set(registry.HATCHES)) == 11
 
 
 def test_hatches_are_seen_on_every_colour():
     def brightness(color):
-        red, green, blue = style.to_rgb(color)
+        red, green, blue = to_rgb(color)
         return 0.21 * red + 0.72 * green + 0.07 * blue
 
     for place in range(10):
@@ -337,10 +337,12 @@ def test_a_panel_that_lost_its_categories_follows_one_that_has_them():
 def test_a_stack_goes_on_behind_a_kind_that_a_method_has_not():
     costs = kinds(["scores", "values"])
     costs.loc["EA", "scores"] = np.nan
-    spread = pd.DataFrame({"low": [1.5, 0.5], "high": [2.5, 1.5]}, index=costs.index)
-    figure = figures.stacked_kinds({"seconds": costs}, spread)
+    figure = figures.stacked_kinds({"seconds": costs.assign(low=[1.5, 0.5], high=[2.5, 1.5])})
     ends = [[bar.get_x() + bar.get_width() for bar in stack] for stack in figure.axes[0].containers[:2]]
     assert ends == [[1.0, 0.0], [2.0, 1.0]]
+    assert list(bars(figure)) == ["scores", "values"]  # no stack of the range
+    (whiskers,) = (each for each in figure.axes[0].collections if isinstance(each, LineCollection))
+    assert [[float(x) for x, _ in each] for each in whiskers.get_segments()] == [[1.5, 2.5], [0.5, 1.5]]
 
 
 def test_equal_figures_are_equal_files(folder):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("notebooks")]  # one root, in order
@@ -35,7 +36,6 @@ PICTURES = {
         "figure_1_accuracy_latency",
         "figure_5_accuracy_latency",
         "figure_6_normalizers",
-        "figure_6_tuned",
         "search_against_the_truth",
         "choices_accuracy_latency",
     ],
@@ -145,6 +145,7 @@ def test_notebook_runs(root, number):
     for name in TABLES[number]:
         assert (root / "figures" / f"{name}.csv").stat().st_size > 100, name
     assert shown(root, number) >= len(PICTURES[number])
+    assert not tables.faults(root)
     written = {path: path.stat().st_mtime_ns for path in (root / "data" / "runs").rglob("*.json")}
     assert written
     if number in ("01", "03"):  # nothing is run twice; the other notebooks share these two's machinery
@@ -174,5 +175,6 @@ def test_the_projects_own_records_are_shown(root):
     runs = set((root / "data" / "runs").rglob("*"))
     done = run(root, "00,01,02,03,04,05,06,07,08,09", "records=reference", "profile=reference")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not tables.faults(root)
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
     assert set((root / "data" / "runs").rglob("*")) == runs

@@ -70,24 +70,24 @@ def _family(hue: str, markers: str, names: tuple[str, ...], first: int = 0) -> I
     """Names of one hue, in shades of it; a marker for each, or one for all. `first` sets off dashes and hatches."""
     for i, name in enumerate(names):
         shade = SHADES[i % len(SHADES)]
-        mixed = [part + (1 - part) * shade if shade > 0 else part * (1 + shade) for part in to_rgb(hue)]
+        red, green, blue = (part + (1 - part) * shade if shade > 0 else part * (1 + shade) for part in to_rgb(hue))
         place = first + i
         marker = markers[i % len(markers)]
-        yield name, Look(to_hex(mixed), HATCHES[place % len(HATCHES)], DASHES[place % len(DASHES)], marker)
+        yield name, Look(to_hex((red, green, blue)), HATCHES[place % len(HATCHES)], DASHES[place % len(DASHES)], marker)
 
 
 METHODS = dict(
     (
         *_family("#0072b2", "osD^v", ("SA softmax", "SA 2Quad", "SA L2Q", "SA 2ReLU", "SA scaling")),
         *_family("#d55e00", "osD^v", ("EA softmax", "EA 2Quad", "EA L2Q", "EA 2ReLU", "EA scaling"), 1),
-        *_family("#882255", "****h", ("SAL-ViT", "SAL-ViT B=3", "SAL-ViT B=2", "SAL-ViT B=1", "SAL-ViT (KD)")),
+        *_family("#882255", "***Xp", ("SAL-ViT", "SAL-ViT B=3", "SAL-ViT B=2", "SAL-ViT B=1", "SAL-ViT (KD)")),
         *_family("#4d4d4d", "X8", ("MPCViT", "MPCViT (KD)"), 1),
         *_family("#0072b2", "8H", ("SA separate", "SA 2Quad (KD)"), 3),
         *_family("#009e73", "PP8", ("Linformer", "Linformer L2Q", "Linformer, heads"), 3),
         *_family("#e7b800", "h", ("CosFormer",), 2),
         *_family("#cc79a7", "<", ("Hamburger",), 1),
         *_family("#999999", ">", ("SOFT",), 4),
-        *_family("#56b4e9", "pX", ("Performer", "Performer ReLU"), 2),
+        *_family("#56b4e9", "pX", ("Performer", "Performer ReLU"), 1),
         *_family("#5e3c99", "d", ("Nystromformer", "Nystromformer L2Q"), 3),
         *_family("#8c6d31", "H", ("Dilated hybrid", "Dilated L2Q")),
         *_family("#1b9e9e", "h", ("ReLU linear",)),
@@ -117,9 +117,9 @@ _SAME = {
 METHODS |= {name: METHODS[same] for name, same in _SAME.items()}
 METHODS |= {name.lower(): METHODS[name] for name in ("2Quad", "2ReLU", "L2Q")}
 
-_KINDS = ("tokenizer", "LayerNorm", "projection", "scores", "normaliser", "values", "MLP", "activation", "pooling")
-_KINDS += ("head", "convolution", "recurrence", "point-wise", "depth-wise", "fused", "attention")
-KINDS = {kind: look(place) for place, kind in enumerate(_KINDS)}
+_KINDS = "tokenizer LayerNorm projection scores normaliser values MLP activation pooling head convolution recurrence "
+_KINDS += "point-wise depth-wise fused attention"  # those of the accelerator's model
+KINDS = {kind: look(place) for place, kind in enumerate(_KINDS.split())}
 # What stands behind the kinds of operation in a stack: the dealer's seconds, and what a modelled link adds.
 BESIDES = {"offline": Look("0.4", "////", (1, 0), "o"), "link": Look("0.8", "....", (1, 0), "s")}
 
