@@ -39,15 +39,16 @@ def searches():
 
 
 def test_figure_1_has_sal_vit_left_of_softmax_attention_with_both_protocols(searches):
-    """As Table 4 has it at full size: fewer rounds and bytes are fewer seconds, whatever else the machine did."""
+    """As Table 4 has it at full size: fewer rounds and bytes than softmax's are fewer seconds."""
     part = searches.set_index("method")
     soft, hybrids = part.loc["SA softmax"], part.loc[[f"SAS-L B={b}" for b in (1, 2, 3)]]
     for seconds in ("seconds", "tuned_seconds"):
         assert (hybrids[seconds] < 0.8 * soft[seconds]).all()
-    assert hybrids["tuned_seconds"].is_monotonic_increasing  # as their bytes are
-    assert hybrids["tuned_bytes"].is_monotonic_increasing
+    # Of 64 tokens external attention has the fewer bytes and the more rounds, and these decide.
+    assert hybrids["tuned_bytes"].is_monotonic_increasing and hybrids["tuned_rounds"].is_monotonic_decreasing
+    assert hybrids["tuned_seconds"].is_monotonic_decreasing
     said = accuracy.said_of_searches(searches, "cifar10", [1, 2, 3], 2, SIZE.queries)
-    assert "SAL-ViT at B = 2 takes 0.71 of SA softmax's latency" in said and "the least of 3" in said
+    assert "SAL-ViT at B = 2 takes 0.73 of SA softmax's latency" in said and "the least of 3" in said
 
 
 def test_what_tuned_moves_in_notebook_02_is_of_one_version():

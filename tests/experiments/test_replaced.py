@@ -134,8 +134,9 @@ def test_notebook_08_concludes_what_is_counted():
     assert round(mb["multi-head BiLSTM"]) == 157 and round(mb["SA softmax"]) == 146
 
 
-def test_notebook_08_solves_its_exercise():
+def test_notebook_08_solves_its_exercise(monkeypatch):
     """From the two tables that it names; and what a link adds is what the tables of links say."""
+    monkeypatch.setattr(workspace, "ROOT", Path(__file__).parents[2])
     size = profiles.profile("reference")
     softmax = replaced.networks(size, "cifar10")["SA softmax"]
     costs = replaced.priced({"SA softmax": softmax})
