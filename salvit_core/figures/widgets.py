@@ -14,6 +14,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 
+class _Explorer(ipywidgets.VBox):
+    """The controls and the picture; where no widget can live, as in the book, their text is one sentence."""
+
+    def __repr__(self) -> str:
+        return "(In JupyterLab, controls that move the figure or table above.)"
+
+
 def explore(draw: Callable[..., Figure | pd.DataFrame], **controls: ipywidgets.Widget) -> ipywidgets.VBox:
     """The controls above what `draw` makes of their values, drawn anew whenever one moves.
 
@@ -26,14 +33,14 @@ def explore(draw: Callable[..., Figure | pd.DataFrame], **controls: ipywidgets.W
         ValueError: `draw` refuses the values with which the controls start.
     """
     text = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png")
-    shown = ipywidgets.VBox([*controls.values(), text])
+    picture = ipywidgets.Image(format="svg+xml")  # sharp on every screen
+    shown = _Explorer([*controls.values(), text])
 
     def show() -> None:
         drawn = draw(**{name: control.value for name, control in controls.items()})
         if isinstance(drawn, Figure):
             file = io.BytesIO()
-            drawn.savefig(file, format="png", dpi=110)
+            drawn.savefig(file, format="svg")
             plt.close(drawn)
             picture.value = file.getvalue()
             shown.children = [*controls.values(), picture]

@@ -169,6 +169,22 @@ def test_notebook_08_solves_its_exercise(monkeypatch):
     assert shown.tolist() == pytest.approx(costs["WAN"].tolist()) and list(shown.index) == ["batch 1", "batch 32"]
 
 
+def test_the_book_says_what_replacements_take_on_shares(monkeypatch):
+    here = Path(__file__).parents[2]
+    monkeypatch.setattr(workspace, "ROOT", here)
+    size = profiles.profile("reference")
+    runs = replaced.private_runs(size, replaced.networks(size, "cifar10"))
+    seconds = replaced.on_links(runs, execute.recorded(runs.values(), "reference"))["loopback"].unstack()
+    times = seconds / seconds.loc["SA softmax"]
+    lstm, scan, mixer = (times.loc[replaced.NAMES[name]] for name in ("multi_lstm", "parallel_scan", "mixer"))
+    told = " ".join((here / "docs" / "results.md").read_text().split())
+    assert (
+        f"FAR's own block takes {lstm[1]:.1f} times the seconds of softmax attention at one image and {lstm[32]:.1f} "
+        f"times at 32; a parallel scan takes {scan[1]:.2f} and {scan[32]:.2f} times as long, a mixer {mixer[1]:.2f} "
+        f"and {mixer[32]:.2f}."
+    ) in told
+
+
 def test_units_that_are_removed_take_bytes_away_and_no_round():
     table = replaced.priced(replaced.removed(profiles.profile("reference"), "cifar10"))
     assert list(table["method"].cat.categories) == ["0% removed", "25% removed", "50% removed", "75% removed"]

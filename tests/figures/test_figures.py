@@ -385,7 +385,8 @@ def test_a_widget_draws_anew_and_says_what_is_refused():
 
     slider = ipywidgets.IntSlider(0, max=3)
     box = explore(draw, x=slider)
-    assert box.children[0] is slider and bytes(box.children[1].value[:4]) == b"\x89PNG"
+    assert box.children[0] is slider and box.children[1].format == "svg+xml"
+    assert bytes(box.children[1].value[:5]) == b"<?xml" and box._repr_mimebundle_()["text/plain"].startswith("(In Jup")
     slider.value = 3
     assert "panel &#x27;&lt;ours&gt;&#x27; is empty" in box.children[1].value
     slider.value = 2
