@@ -152,12 +152,18 @@ def table_7() -> pd.DataFrame:
 def shown(table: pd.DataFrame) -> str:
     """A table as HTML: two decimals, whole numbers as they are, "-" for what is not there."""
 
-    def cell(value: object) -> object:
-        if not isinstance(value, float):
-            return value
-        return f"{value:.0f}" if value == round(value) and abs(value) >= 10 else f"{value:.2f}"
+    def cells(column: pd.Series) -> pd.Series:
+        name = column.name[-1] if isinstance(column.name, tuple) else column.name
 
-    drawn = table.apply(lambda column: column.map(cell, na_action="ignore")).reset_index()
+        def cell(value: object) -> object:
+            if not isinstance(value, float):
+                return value
+            whole = name == "n" or (value == round(value) and abs(value) >= 10)
+            return f"{value:.0f}" if whole else f"{value:.2f}"
+
+        return column.map(cell, na_action="ignore")
+
+    drawn = table.apply(cells).reset_index()
     return f'<div class="wide">{drawn.to_html(index=False, na_rep="-", border=0)}</div>'
 
 

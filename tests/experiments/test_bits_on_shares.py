@@ -87,7 +87,7 @@ def test_the_conclusions_on_answers_are_the_records(conclusions):
     size = profiles.profile("reference")
     plan = bits_on_shares.trainings(size, "cifar10")
     runs = bits_on_shares.evaluations(size, plan, bits_on_shares.quantizations(size, plan[bits_on_shares.LINEAR]))
-    table = bits_on_shares.answers(runs, execute.recorded(runs.values(), "reference"), "reference")
+    table = bits_on_shares.answers(runs, execute.recorded(runs.values(), "reference"))
     assert len(table) == 6 and (table["images"] == 256).all()
     assert (table.loc[["float", bits_on_shares.SOFTMAX], "agreement"] == 100).all()
     shifted = table[table.index.str.contains("log2")]["agreement"]
@@ -96,6 +96,12 @@ def test_the_conclusions_on_answers_are_the_records(conclusions):
     assert (
         f"With every quantizer as a table {every['agreement']:.1f} % are the same answers**, and "
         f"{every['shares']:.1f} % are right in place of {every['clear']:.1f}:"
+    ) in conclusions
+    seconds = table["seconds"]
+    assert (
+        f"Eight images in a query take {seconds['float']:.3f} s each in float and "
+        f"{seconds[bits_on_shares.SOFTMAX]:.3f} s with the CCT; quantized weights and the log2 divisor take {seconds['W8, log2']:.3f} s, every quantizer as a "
+        f"table {seconds['W8A8, every quantizer']:.2f} s (two in a query)."
     ) in conclusions
 
 
