@@ -100,7 +100,8 @@ def test_the_conclusions_on_answers_are_the_records(conclusions):
     seconds = table["seconds"]
     assert (
         f"Eight images in a query take {seconds['float']:.3f} s each in float and "
-        f"{seconds[bits_on_shares.SOFTMAX]:.3f} s with the CCT; quantized weights and the log2 divisor take {seconds['W8, log2']:.3f} s, every quantizer as a "
+        f"{seconds[bits_on_shares.SOFTMAX]:.3f} s with the CCT; quantized weights and "
+        f"the log2 divisor take {seconds['W8, log2']:.3f} s, every quantizer as a "
         f"table {seconds['W8A8, every quantizer']:.2f} s (two in a query)."
     ) in conclusions
 
