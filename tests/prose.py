@@ -1,10 +1,10 @@
-"""What notebooks say in words."""
+"""What notebooks and pages of the book say in words."""
 
 import functools
 import json
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
+FOLDER = Path(__file__).parents[1] / "notebooks"
 
 
 @functools.cache
