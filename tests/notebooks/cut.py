@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-# Ids of the cells in order: imports, parameters, and what the widget reads; the widget's own is the last.
+# Words of the cells that a widget reads, in order, after imports and parameters; the widget's own is the last. Not ids:
+# stripping a notebook numbers its cells anew.
 WIDGETS = {
-    "01": ("1", "2", "20", "21"),
-    "02": ("1", "2", "l2q", "draw", "sliders"),
-    "03": ("1", "2", "4", "10", "21"),
-    "04": ("1", "2", "3", "5", "7", "8"),
-    "06": ("1", "2", "4", "15", "16", "17"),
-    "07": ("1", "2", "4", "6", "8", "waits"),
-    "08": ("1", "2", "4", "13", "waits"),
-    "09": ("1", "2", "19", "20"),
+    "01": ("def by_layer(", "explore("),
+    "02": ("def l2q(", "def curves(", "explore("),
+    "03": ("accuracy.plan(", "accuracy.with_costs(", "explore("),
+    "04": ("LearnedRun(run)", "parameter_ranges(", "def maps(", "explore("),
+    "06": ("efficient.plan(", "efficient.with_weights(", "def look(", "explore("),
+    "07": ("bits_on_shares.trainings(", "bits_on_shares.cost_table(", "explore("),
+    "08": ("replaced.plan(", "replaced.priced(configs)", "explore("),
+    "09": ("def cost_bar(", "explore("),
 }
 RECORDS = 'profile, records = "reference", "reference"'
 # What stands for the cells that are left out, where these would measure or train more than a test may.
@@ -29,10 +30,11 @@ rows = {name: latency.estimated(known, name).assign(seconds=1.0) for name in ("s
 def cells(number):
     """Sources of those cells, the parameters followed by what is another here."""
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
-    by_id = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
-    found = [by_id[name] for name in WIDGETS[number]]
-    found[1] += "\n" + SMALL.get(number, RECORDS)
-    return found
+    every = json.loads(path.read_text())["cells"]
+    imports, parameters, *code = ["".join(cell["source"]) for cell in every if cell["cell_type"] == "code"]
+    found = [[source for source in code if words in source] for words in WIDGETS[number]]
+    assert all(len(each) == 1 for each in found), f"notebook {number}: one cell with each of {WIDGETS[number]}"
+    return [imports, f"{parameters}\n{SMALL.get(number, RECORDS)}", *(source for (source,) in found)]
 
 
 def write(number, path):
