@@ -169,7 +169,7 @@ def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, numbe
     tab.get_by_text("| Idle").wait_for(timeout=60_000)
     tab.get_by_role("menuitem", name="Run", exact=True).click()
     tab.get_by_text("Run All Cells", exact=True).click()
-    tab.locator(f".widget-inline-hbox, {ERRORS}").first.wait_for(state="attached", timeout=200_000)
+    tab.locator(f".widget-vbox .widget-inline-hbox, {ERRORS}").first.wait_for(state="attached", timeout=200_000)
     assert tab.locator(ERRORS).all_inner_texts() == []
     shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-vbox")).last
     shown.scroll_into_view_if_needed()
