@@ -52,9 +52,13 @@ figures: docs
 	cp $(BOOK)/pages/figures/*.* figures/reference/
 
 # JupyterLab saves outputs into the notebook: it gets copies, which git ignores. Where the project's is newer, the copy that stands
-# there is kept beside it, as NAME.~1~.
+# there is kept beside it, as NAME.~1~. (The options of cp that do this are GNU's alone.)
 copies:
-	mkdir -p lab && cp --update --backup=numbered notebooks/*.ipynb lab/
+	mkdir -p lab
+	set -e; for one in notebooks/*.ipynb; do copy=lab/$${one##*/}; n=1; \
+	if [ -e "$$copy" ] && ! [ "$$one" -nt "$$copy" ]; then continue; fi; \
+	while [ -e "$$copy.~$$n~" ]; do n=$$((n + 1)); done; \
+	if [ -e "$$copy" ]; then mv "$$copy" "$$copy.~$$n~"; fi; cp "$$one" "$$copy"; done
 
 lab: .venv/installed copies
 	$(BIN)/jupyter lab --notebook-dir=lab $(if $(filter 0,$(shell id -u)),--allow-root) $(FLAGS)

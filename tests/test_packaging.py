@@ -192,9 +192,18 @@ class TestNotebook:
             assert isinstance(statement, ast.Assign)
             ast.literal_eval(statement.value)
 
-    def test_cells_are_short(self, path):
-        code = ["".join(cell["source"]) for cell in self.cells(path) if cell["cell_type"] == "code"]
-        assert max(source.count("\n") + 1 for source in code) <= 30
+    def test_cells_are_few_and_short(self, path):
+        every = self.cells(path)
+        code = ["".join(cell["source"]) for cell in every if cell["cell_type"] == "code"]
+        assert len(every) <= 25 and max(source.count("\n") + 1 for source in code) <= 12
+
+    def test_begins_with_its_question_and_has_an_exercise_with_a_solution(self, path):
+        every = ["".join(cell["source"]) for cell in self.cells(path)]
+        assert every[0].startswith(f"# {path.stem[:2]} ")
+        assert all(f"**{each}**" in every[0] for each in ("Question.", "What to expect.", "Time."))
+        (exercise,) = [source for source in every if "**Exercise.**" in source]
+        solved = r"\*\*Exercise\.\*\*.+<details><summary>Solution</summary>\n\n.+\n\n</details>"
+        assert re.search(solved, exercise, re.S)
 
 
 def test_readme_lists_every_notebook():

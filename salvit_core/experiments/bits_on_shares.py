@@ -38,7 +38,6 @@ TABLES = 8  # bits of what activation functions read, where they are tables; a s
 FEW = 660
 SHIFTED, ALL_TABLES = "W8 or W4, log2 divisor", f"and all functions as tables of {TABLES} bits"
 WAN = LINKS["WAN (Cheetah)"]
-SMALL = 32  # bits of the smaller ring
 
 
 # Runs

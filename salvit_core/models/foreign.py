@@ -199,7 +199,7 @@ def _layer(path: str) -> str:
 def _size_divisions(graph: fx.GraphModule, example: torch.Tensor) -> None:
     """Tell each division how large its denominators are on the example: a protocol has to know about how large.
 
-    A hundred times as large as what was seen, and a sixteen thousandth of it, are within what `tuned` divides by.
+    A hundred times as large as what was seen, and an eight thousandth of it, are within what `tuned` divides by.
     """
     if not any(isinstance(module, Divide) for module in graph.modules()) or example.device.type == "meta":
         return
@@ -210,7 +210,7 @@ class _Sizing(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         module = self.module.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, Divide):
-            most = float(self.env[node.args[1]].max())
+            most = float(self.env[node.args[1]].max()) + module.eps
             module.scale = 2.0 ** (math.ceil(math.log2(most)) - 2) if most > 0 else 1.0
         with torch.no_grad():
             return super().run_node(node)

@@ -115,7 +115,7 @@ class Divide(Operation):
 
     def extra_repr(self) -> str:
         """Options that show in the model's text and so in its fingerprint."""
-        return f"scale={self.scale:g}"
+        return f"scale={self.scale:g}" + (f", eps={self.eps:g}" if self.eps != EPS else "")
 
     def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
         """By size."""

@@ -19,6 +19,7 @@ from .normalizers import NORMALIZERS
 from .operations import Divide, MatMul, Multiply, Resample, Sum, Take
 
 RULES: dict[str, Callable[..., Any]] = {}
+LARGEST_EPS = 2.0**-6  # what is more than that is added to a number of any sign, not to keep a sum from zero
 
 
 def _rule(*names: str) -> Callable[[Callable], Callable]:
@@ -319,8 +320,9 @@ def _divided(adoption: Adoption, x: Any, y: Any) -> fx.Node:
         return adoption.gain(x, Fixed(1 / y.value, y.learnt), adoption.shape_of(0))
     if isinstance(y, fx.Node):
         eps = 0.0
-        if y.op == "call_function" and y.target is operator.add and isinstance(y.args[1], float) and y.args[1] > 0:
-            y, eps = y.args  # type: ignore[assignment]  # said to the division, which then knows how near zero is
+        added = y.args[1] if y.op == "call_function" and y.target is operator.add else None
+        if isinstance(added, float) and 0 < added <= LARGEST_EPS:
+            y, eps = y.all_input_nodes[0], added  # said to the division, which then knows how near zero is
         return adoption.module("quotient", Divide(eps=eps), _secret(x, "div"), y)
     return adoption.function(operator.truediv, x, float(y))
 

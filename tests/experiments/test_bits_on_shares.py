@@ -1,27 +1,22 @@
 """What few bits save on shares: tables, and the numbers of notebook 07's conclusions against them."""
 
-import json
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
+from prose import page, prose
 
 from salvit_core.experiments import bits_on_shares, execute, profiles, quantization
 from salvit_core.models.operations import Lookup
 from salvit_core.private.links import LINKS
 from salvit_core.quantization.engine import TRICKS
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "notebooks" / "07_softmax_free_quantized.ipynb"
 LEFT = "without reconstruction"
 
 
 @pytest.fixture(scope="module")
 def conclusions():
     """The notebook's prose, on one line."""
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    return " ".join(" ".join("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
+    return prose("07")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +151,7 @@ def test_costs_leave_the_user_s_random_numbers_alone(networks):
 def test_the_conclusions_on_tricks_are_the_records(conclusions):
     table = quantization.table(execute.recorded(quantization.runs(), "reference")).set_index(["bits", "variant"])
     assert len(table) == 23 and (table["seeds"] == 3).all()
-    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    results = page("results.md")
     for bits, words in (("W4", "W4 goes from"), ("W4A8", "W4A8 from")):
         without, whole = table.loc[(bits, LEFT)], table.loc[(bits, quantization.ALL)]
         assert whole["lowest"] > without["highest"]

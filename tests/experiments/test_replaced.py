@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from prose import page, prose
 
 from salvit_core import build, preset, workspace
 from salvit_core.experiments import accuracy, evidence, execute, profiles, replaced, store
@@ -141,9 +142,7 @@ def test_notebook_08_solves_its_exercise(monkeypatch):
     softmax = replaced.networks(size, "cifar10")["SA softmax"]
     costs = replaced.priced({"SA softmax": softmax})
     table = pd.concat([costs, replaced.priced(replaced.removed(size, "cifar10"))]).set_index(["method", "batch"])
-    (path,) = (Path(__file__).parents[2] / "notebooks").glob("08_*.ipynb")
-    cells = json.loads(path.read_text())["cells"]
-    told = " ".join(" ".join("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
+    told = prose("08")
     found = {}
     for batch in (1, 32):
         whole, half, ours = (table.loc[(name, batch)] for name in ("0% removed", "50% removed", "SA softmax"))
@@ -177,7 +176,7 @@ def test_the_book_says_what_replacements_take_on_shares(monkeypatch):
     seconds = replaced.on_links(runs, execute.recorded(runs.values(), "reference"))["loopback"].unstack()
     times = seconds / seconds.loc["SA softmax"]
     lstm, scan, mixer = (times.loc[replaced.NAMES[name]] for name in ("multi_lstm", "parallel_scan", "mixer"))
-    told = " ".join((here / "docs" / "results.md").read_text().split())
+    told = page("results.md")
     assert (
         f"FAR's own block takes {lstm[1]:.1f} times the seconds of softmax attention at one image and {lstm[32]:.1f} "
         f"times at 32; a parallel scan takes {scan[1]:.2f} and {scan[32]:.2f} times as long, a mixer {mixer[1]:.2f} "
@@ -199,8 +198,8 @@ def test_pages_say_that_no_accuracy_is_on_record_while_none_is(monkeypatch):
     monkeypatch.setattr(workspace, "ROOT", here)
     runs = replaced.plan(profiles.profile("reference"), "cifar10").values()
     known = any(store.find(run, "reference") for run in runs)
-    for page in ("notebooks/08_attention_replaced.ipynb", "docs/results.md"):
-        assert ("of the replacements is on record yet" in (here / page).read_text()) != known, page
+    for told in (prose("08"), page("results.md")):
+        assert ("of the replacements is on record yet" in told) != known
 
 
 def test_the_campaign_trains_the_reference_replacements():

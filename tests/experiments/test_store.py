@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from salvit_core import workspace
 from salvit_core.experiments import store
@@ -154,8 +155,6 @@ def test_caption_and_listing():
     listed = store.listing([*found, *found])
     assert len(listed) == 2
     # Versions stand here, and not in captions.
-    import torch
-
     assert (listed["torch"] == torch.__version__).all() and "python" in listed
 
 

@@ -354,6 +354,28 @@ def test_a_division_takes_the_small_number_that_keeps_it_from_zero():
     assert [node.target for node in alone.graph.nodes if node.op == "call_function"] == []
 
 
+def test_what_is_added_to_numbers_of_any_sign_is_no_eps():
+    """A division reaches down to its eps only if nothing below zero is added to it."""
+    example = -torch.rand(2, 5)
+    graph = adopt(Does(lambda n, x: x / (2.0 - torch.tanh(x))), example)
+    (division,) = [module for module in graph.modules() if isinstance(module, Divide)]
+    assert division.eps == 0 and division.scale == 1
+    torch.testing.assert_close(graph(example), example / (2.0 - torch.tanh(example)))
+
+
+def test_a_denominator_is_sized_with_its_eps():
+    """Sums that are next to nothing: it is the eps that is divided by, and it must not be beyond what is covered."""
+    example = 1e-6 * torch.randn(2, 5)
+    graph = adopt(Does(lambda n, x: x / (x.square().sum(-1, keepdim=True) + 2.0**-14)), example)
+    (division,) = [module for module in graph.modules() if isinstance(module, Divide)]
+    assert (division.eps, division.scale) == (2.0**-14, 2.0**-15)
+
+
+def test_divisions_that_differ_in_their_eps_are_not_the_same_to_two_parties():
+    assert repr(Divide()) == "Divide(scale=1)"  # as it was, so that what is on record keeps its fingerprint
+    assert len({repr(Divide(eps=eps)) for eps in (None, 0.0, 1e-5)}) == 3
+
+
 def test_a_division_is_told_the_size_of_its_denominators():
     network = settled(NETS["linear attention"]())
     scales = []

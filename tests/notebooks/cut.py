@@ -1,27 +1,40 @@
-"""A notebook cut down to what one of its widgets needs, over the project's own records."""
+"""A notebook cut down to what one of its widgets needs, over the project's own records or something smaller."""
 
 import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-# Ids of the cells in order: imports, parameters, and what the widget reads; the widget's own is the last.
+# Words of the cells that a widget reads, in order, after imports and parameters; the widget's own is the last. Not ids:
+# stripping a notebook numbers its cells anew.
 WIDGETS = {
-    "02": ("1", "2", "l2q", "draw", "sliders"),
-    "03": ("1", "2", "4", "10", "21"),
-    "04": ("1", "2", "3", "5", "7", "8"),
-    "07": ("1", "2", "4", "6", "8", "waits"),
-    "08": ("1", "2", "4", "13", "waits"),
+    "01": ("def by_layer(", "explore("),
+    "02": ("def l2q(", "def curves(", "explore("),
+    "03": ("accuracy.plan(", "accuracy.with_costs(", "explore("),
+    "04": ("LearnedRun(run)", "parameter_ranges(", "def maps(", "explore("),
+    "06": ("efficient.plan(", "efficient.with_weights(", "def look(", "explore("),
+    "07": ("bits_on_shares.trainings(", "bits_on_shares.cost_table(", "explore("),
+    "08": ("replaced.plan(", "replaced.priced(configs)", "explore("),
+    "09": ("def cost_bar(", "explore("),
+}
+RECORDS = 'profile, records = "reference", "reference"'
+# What stands for the cells that are left out, where these would measure or train more than a test may.
+SMALL = {
+    "01": """size, network, note = profiles.profile("smoke"), "cct_4_3x1", "as a test draws it"
+known = {name: preset(network, name) for name in size.methods}
+rows = {name: latency.estimated(known, name).assign(seconds=1.0) for name in ("stock", "tuned")}""",
+    "06": 'profile, note = "smoke", "as a test draws it"',  # trained here: maps need weights and images
+    "09": 'network = "cct_4_3x1"',
 }
 
 
 def cells(number):
-    """Sources of those cells, of profile reference and its records."""
+    """Sources of those cells, the parameters followed by what is another here."""
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
-    by_id = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]}
-    found = [by_id[name] for name in WIDGETS[number]]
-    settings = found[1].replace('profile = "quick"', 'profile = "reference"')
-    found[1] = settings.replace('records = "local"', 'records = "reference"')
-    return found
+    every = json.loads(path.read_text())["cells"]
+    imports, parameters, *code = ["".join(cell["source"]) for cell in every if cell["cell_type"] == "code"]
+    found = [[source for source in code if words in source] for words in WIDGETS[number]]
+    assert all(len(each) == 1 for each in found), f"notebook {number}: one cell with each of {WIDGETS[number]}"
+    return [imports, f"{parameters}\n{SMALL.get(number, RECORDS)}", *(source for (source,) in found)]
 
 
 def write(number, path):

@@ -9,7 +9,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
 from cut import WIDGETS, write
 
@@ -77,6 +76,19 @@ def page(lab):
         browser.close()
 
 
+def drawn(shown):
+    """The picture or the table of a widget, as the browser has it."""
+    return shown.evaluate("it => it.src || it.innerHTML")
+
+
+def settled(tab, read, before):
+    """What is read once it is no longer what it was, or after a minute at the latest."""
+    deadline = time.monotonic() + 60
+    while (after := read()) == before and time.monotonic() < deadline:
+        tab.wait_for_timeout(200)
+    return after
+
+
 def test_a_slider_changes_the_figure(page, tmp_path):
     page.wait_for_selector(".jp-Notebook", timeout=60_000)
     page.get_by_text("| Idle").wait_for(timeout=60_000)  # run before the kernel is up, and nothing runs
@@ -90,13 +102,11 @@ def test_a_slider_changes_the_figure(page, tmp_path):
     shown = page.locator(".jp-OutputArea-output").filter(has=page.locator(".widget-slider")).first
     picture = shown.locator("img.widget-image").first
     picture.wait_for(timeout=60_000)
-    before = picture.get_attribute("src")
+    before = drawn(picture)
     slider.click()
     for _ in range(6):
         page.keyboard.press("ArrowRight")
-    deadline = time.monotonic() + 30
-    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
-        page.wait_for_timeout(200)
+    after = settled(page, lambda: drawn(picture), before)
     page.screenshot(path=tmp_path / "slider.png")
     assert before and after != before
     reading = page.locator(".widget-readout").first.inner_text()
@@ -111,11 +121,9 @@ def test_another_method_changes_the_bars_and_not_the_axes(page, tmp_path):
     assert shown.locator(".widget-label").first.inner_text() == "method"
     picture = shown.locator("img.widget-image").first
     picture.scroll_into_view_if_needed()
-    before = picture.get_attribute("src")
+    before = drawn(picture)
     shown.locator("select").select_option("EA scaling")
-    deadline = time.monotonic() + 60
-    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
-        page.wait_for_timeout(200)
+    after = settled(page, lambda: drawn(picture), before)
     page.screenshot(path=tmp_path / "method.png")
     assert before and after != before
 
@@ -150,125 +158,38 @@ def test_a_newer_notebook_of_the_project_leaves_the_copy_that_was_worked_on(lab)
 ERRORS = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"
 
 
-def cut(folder, number, kept, extra="", **values):
-    """A copy of a notebook with its imports and a few of its cells alone, and other parameters: its name."""
-    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
-    made = nbformat.read(path, as_version=4)
-    code = [cell for cell in made.cells if cell.cell_type == "code"]
-    for cell in code:
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items()) + extra
-    first = code[:2]  # imports, and the parameters
-    some = [cell for cell in code[2:] if any(words in cell.source for words in kept)]
-    assert len(some) == len(kept), f"notebook {number} has no cell with one of {kept}"
-    made.cells = first + some
-    nbformat.write(made, folder / "lab" / f"cut_{path.name}")
-    return f"cut_{path.name}"
-
-
-def run_all(page, lab, name):
-    """A notebook in a tab of its own, all of its cells run."""
-    tab = page.context.browser.new_page(viewport=page.viewport_size)
-    tab.goto(f"{lab[0]}/lab/workspaces/{name[:-6]}/tree/{name}?reset")
-    tab.wait_for_selector(".jp-Notebook", timeout=60_000)
-    tab.get_by_text("| Idle").wait_for(timeout=60_000)
-    tab.get_by_role("menuitem", name="Run", exact=True).click()
-    tab.get_by_text("Run All Cells", exact=True).click()
-    tab.locator(f".widget-dropdown, {ERRORS}").first.wait_for(state="attached", timeout=200_000)
-    assert tab.locator(ERRORS).all_inner_texts() == []
-    return tab
-
-
-def choose(tab, label, option):
-    """Another choice in the list with this label changes the picture below it."""
-    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-dropdown")).first
-    picture = shown.locator("img.widget-image").first
-    picture.scroll_into_view_if_needed()
-    control = shown.locator(".widget-dropdown").filter(has_text=label).first
-    assert control.locator(".widget-label").inner_text() == label
-    before = picture.get_attribute("src")
-    control.locator("select").select_option(option)
-    deadline = time.monotonic() + 60
-    while (after := picture.get_attribute("src")) == before and time.monotonic() < deadline:
-        tab.wait_for_timeout(200)
-    assert before and after != before, f"{label}: {option}"
-    assert tab.locator(ERRORS).all_inner_texts() == []
-
-
-def test_a_method_by_layer_in_notebook_01(page, lab, tmp_path):
-    small = """
-size, network, note = profiles.profile("smoke"), "cct_4_3x1", "as a test draws it"
-known = {name: preset(network, name) for name in size.methods}
-rows = {name: latency.estimated(known, name).assign(seconds=1.0) for name in ("stock", "tuned")}"""
-    tab = run_all(page, lab, cut(lab[1], "01", ["def by_layer", "explore("], small))
-    choose(tab, "method", "SA softmax")
-    choose(tab, "quantity", "rounds")
-    tab.screenshot(path=tmp_path / "layers.png")
-    tab.close()
-
-
-def test_every_control_of_the_cost_bar_in_notebook_09(page, lab, tmp_path):
-    tab = run_all(page, lab, cut(lab[1], "09", ["def cost_bar", "explore("], "\nnetwork = 'cct_4_3x1'"))
-    choose(tab, "attention", "external")
-    choose(tab, "normalizer", "softmax")
-    choose(tab, "activation", "quad")
-    choose(tab, "link", "LAN (Cheetah)")
-    choose(tab, "protocol", "stock")
-    tab.screenshot(path=tmp_path / "bar.png")
-    tab.close()
-
-
-def test_what_a_mechanism_looks_at_in_notebook_06(page, lab, tmp_path):
-    """Trained here, in the smallest profile: maps need weights and images."""
-    kept = ["efficient.plan(", "efficient.with_weights", "def look", "explore("]
-    note = "\nnote = 'as a test draws it'"
-    tab = run_all(page, lab, cut(lab[1], "06", kept, note, profile="smoke"))
-    choose(tab, "mechanism", "Linformer")
-    shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-dropdown")).first
-    labels = shown.locator(".widget-label").all_inner_texts()
-    assert labels == ["mechanism", "image", "layer", "head"]
-    picture = shown.locator("img.widget-image").first
-    before = picture.get_attribute("src")
-    shown.locator(".widget-slider .noUi-handle").first.click()
-    tab.keyboard.press("ArrowRight")
-    deadline = time.monotonic() + 30
-    while picture.get_attribute("src") == before and time.monotonic() < deadline:
-        tab.wait_for_timeout(200)
-    assert picture.get_attribute("src") != before
-    tab.screenshot(path=tmp_path / "look.png")
-    tab.close()
-
-
 @pytest.mark.parametrize("number", WIDGETS)
 def test_every_control_of_a_notebook_moves_what_stands_below_it(page, lab, number, tmp_path):
-    """Of notebooks 02, 03, 04, 07 and 08, cut down to what their widget needs."""
+    """In a tab of its own, of the notebook cut down to what its widget needs."""
     address, folder = lab
     write(number, folder / "lab" / f"moved_{number}.ipynb")
-    tab = page.context.browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab = page.context.browser.new_page(viewport=page.viewport_size)
     tab.goto(f"{address}/lab/workspaces/moved-{number}/tree/moved_{number}.ipynb?reset")
     tab.wait_for_selector(".jp-Notebook", timeout=60_000)
     tab.get_by_text("| Idle").wait_for(timeout=60_000)
     tab.get_by_role("menuitem", name="Run", exact=True).click()
     tab.get_by_text("Run All Cells", exact=True).click()
+    tab.locator(f".widget-vbox .widget-inline-hbox, {ERRORS}").first.wait_for(state="attached", timeout=200_000)
+    assert tab.locator(ERRORS).all_inner_texts() == []
     shown = tab.locator(".jp-OutputArea-output").filter(has=tab.locator(".widget-vbox")).last
-    controls = shown.locator(".widget-inline-hbox")
-    controls.first.wait_for(state="attached", timeout=200_000)
     shown.scroll_into_view_if_needed()
     below = shown.locator("img.widget-image, .widget-html table")
     below.wait_for(timeout=60_000)
-    assert controls.filter(has=tab.locator("select, .noUi-handle")).count()
-    for control in controls.filter(has=tab.locator("select, .noUi-handle")).all():
-        assert control.locator("label").inner_text()
-        before = below.evaluate("it => it.src || it.innerHTML")
+    controls = shown.locator(".widget-inline-hbox").filter(has=tab.locator("select, .noUi-handle"))
+    assert controls.count()
+    for control in controls.all():
+        label = control.locator("label").inner_text()
+        assert label
+        before = drawn(below)
         if control.locator("select").count():
-            control.locator("select").select_option(index=0)
+            choice = control.locator("select")
+            others = choice.evaluate("it => [...it.options].map(each => each.value).filter(one => one !== it.value)")
+            choice.select_option(others[0])
         else:
             control.locator(".noUi-handle").click()
             tab.keyboard.press("ArrowRight")
-        deadline = time.monotonic() + 30
-        while (after := below.evaluate("it => it.src || it.innerHTML")) == before and time.monotonic() < deadline:
-            tab.wait_for_timeout(200)
+        after = settled(tab, lambda: drawn(below), before)
         tab.screenshot(path=tmp_path / f"moved_{number}.png")
-        assert after != before, control.locator("label").inner_text()
-    assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+        assert after != before, label
+        assert tab.locator(ERRORS).all_inner_texts() == []
     tab.close()

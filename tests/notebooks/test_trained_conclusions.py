@@ -1,33 +1,19 @@
 """What notebooks 02, 03 and 04 conclude, and what their exercises solve, against the project's own records."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from prose import held
 
 from salvit_core import CCT, preset
 from salvit_core.experiments import accuracy, evidence, execute, latency, learned, profiles
 from salvit_core.experiments.runs import LearnedRun
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
 SIZE = profiles.profile("reference")
 PAPERS = "cct_7_3x1"
-
-
-def prose(number):
-    """A notebook's markdown, on one line."""
-    (path,) = FOLDER.glob(f"{number}_*.ipynb")
-    cells = json.loads(path.read_text())["cells"]
-    return " ".join(" ".join("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
-
-
-def lacking(number, *said):
-    told = prose(number)
-    return [line for line in said if line not in told]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +58,7 @@ def test_accuracies_of_the_ablations(ablations):
     every, learnt = ablations.loc["L2Q element-wise", "parameters"], 2 * SIZE.config("cifar10").layers * 4 * 64**2
     assert (ablations["seeds"] == 1).all() and (above > 0).all()
     assert every - ablations.loc["2Quad", "parameters"] == learnt
-    assert not lacking(
+    held(
         "02",
         f"above softmax's {mean['softmax']:.2f} %, by {above.min():.2f} to {above.max():.2f} points",
         f"Global {mean['L2Q global']:.2f}, head-wise {mean['L2Q head-wise']:.2f}, element-wise "
@@ -90,7 +76,7 @@ def test_costs_of_learning_and_what_folding_saves():
     short = {name: f"{row['bytes'] / 1e6:.0f} MB" for name, row in stock.iterrows()}
     rounds = stock["rounds"].astype(int)
     quad, heads = stock.loc["2Quad"], stock.loc["L2Q head-wise"]
-    assert not lacking(
+    held(
         "02",
         f"sends {short['L2Q element-wise']} in {rounds['L2Q element-wise']} rounds, 2Quad {short['2Quad']} in "
         f"{rounds['2Quad']}, softmax {short['softmax']} in {rounds['softmax']}.",
@@ -135,7 +121,7 @@ def test_what_searches_chose(searches):
     assert all(max(map(abs, epoch[1:])) < 0.001 for epoch in walk) and round(walk[-1][0], 2) == 0.03
     dead = searches.loc["SAS-L 2ReLU B=2"]
     assert mine.idxmin() == dead.name and searches.index[searches["tuned_faithful"] < 1].tolist() == [dead.name]
-    assert not lacking(
+    held(
         "03",
         f"SAS-L has {top[0]}, {top[1]} and {top[2]} % at B = 1, 2 and 3; the *smallest* alphas, SAS-L-WC, have "
         f"{bottom[0]}, {bottom[1]} and {bottom[2]}.",
@@ -152,7 +138,7 @@ def test_what_the_hybrid_saves(searches):
         for _, row in rows.iterrows()
     )
     rounds = searches["tuned_rounds"]
-    assert not lacking(
+    held(
         "03",
         f"SAL-ViT takes {hybrid[0]:.2f} of softmax attention's seconds with `stock` and {hybrid[1]:.2f} with `tuned`; "
         f"L2Q with self-attention in every layer takes {plain[0]:.2f} and {plain[1]:.2f}, and has "
@@ -200,7 +186,7 @@ def test_how_many_architectures_there_are():
     layers, heads = math.comb(7, 3), math.comb(28, 12)
     ours = len(evidence.truth(SIZE))
     assert len(evidence.truth_table()) == 2**4
-    assert not lacking(
+    held(
         "03",
         f"$\\binom{{7}}{{3}}$ = {layers}, by heads $\\binom{{28}}{{12}}$ = {heads:,}.",
         f"16$ assignments, {ours} trainings; for 7 layers {2**7} and {3 * 2**7}.",
@@ -218,7 +204,7 @@ def test_what_c_and_d_became(trained):
     striped = learned.stripes(execute.trained(run, "reference")).groupby("parameter")[["key", "query"]].mean()
     ranks = learned.correlations(learned.reach(facts))["rank correlation"]
     (query,) = {round(each) for each in striped["query"]}
-    assert not lacking(
+    held(
         "04",
         f"read in float32, {facts['accuracy']:.2f} %",
         f"C ends between {ends.low['c']:.2f} and {ends.high['c']:.2f}, D between {ends.low['d']:.2f} and "
@@ -239,7 +225,7 @@ def test_keys_on_the_border_have_a_smaller_c(trained):
     keys = torch.cat([each["c"] for each in learned.matrices(execute.trained(run, "reference")).values()]).mean(-2)
     border, within = keys[:, ~inside.flatten()].mean(1), keys[:, inside.flatten()].mean(1)
     assert (border < within).all()
-    assert not lacking("04", f"In all {len(keys)} heads the keys on the border of the token grid have a smaller C")
+    held("04", f"In all {len(keys)} heads the keys on the border of the token grid have a smaller C")
 
 
 def test_training_gives_back_half_of_what_a_reset_takes(trained, ablations):
@@ -247,7 +233,7 @@ def test_training_gives_back_half_of_what_a_reset_takes(trained, ablations):
     resets = learned.resets(facts).set_index(["replaced", "mean over"])
     heads, mean = resets.loc[("both", "head"), "accuracy"], ablations["accuracy"]
     assert 0.4 < (mean["L2Q head-wise"] - heads) / (facts["accuracy"] - heads) < 0.6
-    assert not lacking(
+    held(
         "04",
         f"element-wise {facts['accuracy']:.2f} %, its head-wise means {heads:.2f} %, trained head-wise "
         f"{mean['L2Q head-wise']:.2f} %",

@@ -203,6 +203,33 @@ def test_sums_next_to_zero(scale):
     assert ((shared - clear).abs() <= part * clear.abs() + 2 * ULP)[units >= 2.0**-17].all()
 
 
+@pytest.mark.parametrize("scale, eps", [(0.05, 1e-6), (1e-3, 1e-6), (1e-3, 3e-5), (1.0, 1e-5), (1.0, 1.0), (1e4, 1.0)])
+def test_an_eps_has_bits_of_its_own(scale, eps):
+    """What is divided by where a sum is zero, however few bits the sum came with."""
+    division = Divide(scale, eps)
+    numerators = torch.tensor([1.0, 5.0, 9.0]) * 16 * eps
+    numerators = (numerators / ULP).round().clamp(1) * ULP
+    shared, clear, _ = privately(division, numerators, torch.zeros(3))
+    covered = clear.abs() < 2.0**8
+    assert covered.any() and ((shared - clear).abs() <= 4e-3 * clear + 2 * ULP)[covered].all()
+
+
+def test_an_eps_below_what_is_covered_takes_the_lowest_octave():
+    division = Divide(1.0, 1e-15)
+    assert gates.divide._quotient(division) == ((-17, 9), False)
+    b = 2.0 ** torch.arange(-17, 9).double() * 1.3
+    shared, clear, _ = privately(division, b, b, fine=13)
+    assert ((shared - clear).abs() <= 4e-3 * clear + 2 * ULP).all()
+
+
+def test_a_negative_sum_that_eps_all_but_cancels_is_said():
+    division = Divide(1.0, 2.0**-7)
+    a, within = torch.ones(2), torch.tensor([0.0, 1.0])
+    assert all(span.outside is None for span in tuned.DOMAINS[Divide](division, a / 10, within))
+    outside = [span.what for span in tuned.DOMAINS[Divide](division, a / 10, within - 2.0**-7 + 2.0**-11)]
+    assert "scaled denominators that count" in outside
+
+
 def test_a_shift_keeps_the_bits_of_the_numerator():
     """Those of a product that was not truncated: by 2^-10 one divides what lies a thousand times below a step."""
     divisors = torch.exp2(torch.arange(-10, 6).double()).repeat(20)[:, None] * 1.1

@@ -95,6 +95,12 @@ def _quotient(module: Divide) -> tuple[tuple[int, int], bool]:
     return (min(max(least, lowest), low + 4), high), least >= lowest
 
 
+def _bits(module: Divide, lowest: int) -> int:
+    """The fewest bits that keep eps to 2^-11 of itself, or of the lowest octave where that is the larger."""
+    eps, most = max(module.eps, 0.0), 12 - lowest - round(math.log2(module.scale))
+    return next((n for n in range(most) if abs(round(eps * 2.0**n) / 2.0**n - eps) <= 2.0**-11 * eps), most)
+
+
 def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator: Share | Weight) -> Share:
     """Quotients a / (b + eps) for b / scale up to 2^9 and quotients below 2^8; of a zero a, zero whatever b is.
 
@@ -103,8 +109,8 @@ def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator:
     therefore reach down to eps / scale, which no sum can leave, but not below 2^-17; to 2^-12 where eps is zero. The
     reciprocal of b / scale has 23 fractional bits, 15 of them of its own, and a keeps the bits it comes with.
 
-    Within 1e-3 of the value (3e-3 in the lowest octave) and a step, and what a and b err by themselves. Twelve rounds;
-    n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
+    Within 1e-3 of the value (3e-3 in the lowest octave) and a step, and what a and b err by themselves; eps has bits of
+    its own. Twelve rounds; n + n / 2 words for n quotients, those of `reciprocal` and one more per denominator.
 
     Functionality:
         Inputs: Both shared.
@@ -116,7 +122,7 @@ def divide(module: Divide, secret: dict, numerator: Share | Weight, denominator:
     octaves, _ = _quotient(module)
     down = round(math.log2(module.scale))  # a power of two is free
     b = entered(denominator).settle()
-    b = b.to(max(b.bits, session.bits + 4)) + module.eps
+    b = b.to(max(b.bits, session.bits + 4, _bits(module, octaves[0]))) + module.eps
     b = Share(b.data, b.bits + down)
     inverse = reciprocal(b, octaves, KEPT_BITS)
     a = entered(numerator).settle()
@@ -132,7 +138,7 @@ def divide_domain(module: Divide, a: torch.Tensor, b: torch.Tensor) -> list[Span
     octaves, kept = _quotient(module)
     units = b / 2.0 ** round(math.log2(module.scale))
     found = spans("scaled denominators", units, (0, 2.0 ** octaves[1])) + spans("quotients", a / b, (-(2.0**8), 2.0**8))
-    if kept:
+    if kept and not (2 * b < module.eps).any():  # what is below zero, by more than rounding, eps keeps from nothing
         return found
     # Below the range a quotient may come out three times as large: that is nothing where it is next to nothing.
     small = (a / b).abs() < 2.0**-11
