@@ -124,7 +124,7 @@ def variants() -> pd.DataFrame:
 
 
 def mechanisms() -> pd.DataFrame:
-    """Seventeen mechanisms in one small network: accuracy, and what it costs on shares, the most accurate first."""
+    """Eighteen mechanisms in one small network: accuracy, and what it costs on shares, the most accurate first."""
     plan = efficient.plan(profiles.profile_of(profiles.profile("reference")), ["cifar10"])
     clear, private = efficient.clear_runs(plan), efficient.private_runs(plan, profiles.profile("reference").queries)
     trained, spent = execute.recorded(plan.values(), "reference"), execute.recorded(clear.values(), "reference")

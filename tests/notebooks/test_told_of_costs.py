@@ -201,18 +201,19 @@ def test_05_solution():
 def test_06_concludes_what_is_on_record():
     table = published.mechanisms()
     accuracy, seconds, rounds = table["accuracy (%)"], table["private (s)"], table["rounds"]
-    assert len(table) == 17 and accuracy.idxmax() == "Linformer, heads" and seconds.idxmin() == "SA L2Q"
+    assert len(table) == 18 and accuracy.idxmax() == "Linformer, heads" and seconds.idxmin() == "SA L2Q"
     assert accuracy.idxmin() == "EA softmax" and set(table["MFLOPs"].nsmallest(2).index) == {"EA softmax", "EA L2Q"}
     order = table[["MFLOPs", "private (s)"]].rank()
     moved = order["private (s)"] - order["MFLOPs"]
-    assert moved.idxmax() == "EA softmax" and set(moved[moved == moved.min()].index) == {"CosFormer", "SA L2Q"}
-    assert moved.max() == pytest.approx(8, abs=0.5) and moved.min() == pytest.approx(-8, abs=0.5)
+    assert moved.idxmax() == "EA softmax" and moved.max() == pytest.approx(8, abs=0.5)
+    assert moved.nsmallest(2).to_dict() == {"SA L2Q": -9, "CosFormer": -8}
     heads, plain = "Linformer, heads", "Linformer"
     held(
         "06",
         f"{accuracy[heads]:.1f} % where softmax attention has {accuracy['SA softmax']:.1f} %",
         f"no longer on shares, {seconds[heads]:.2f} s for its {seconds['SA softmax']:.2f} s, in as many rounds",
         f"({seconds['SA L2Q']:.2f} s, {accuracy['SA L2Q']:.1f} %)",
+        f"hardly slower ({seconds['ReLU linear']:.2f} s) and has {accuracy['ReLU linear']:.1f} %",
         f"the lowest accuracy, {accuracy['EA softmax']:.1f} %",
         f"correlate by {order.corr().iloc[0, 1]:.2f}",
         f"Hamburger has {rounds['Hamburger']:,.0f}, Nystromformer {rounds['Nystromformer']:.0f}, SOFT "
