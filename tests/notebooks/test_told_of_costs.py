@@ -219,6 +219,8 @@ def test_06_concludes_what_is_on_record():
         f"Hamburger has {rounds['Hamburger']:,.0f}, Nystromformer {rounds['Nystromformer']:.0f}, SOFT "
         f"{rounds['SOFT']:.0f}, where Linformer has {rounds[plain]:.0f}",
     )
+    times = seconds / seconds["SA softmax"]
+    held("results.md", f"take {times['Nystromformer']:.1f} and {times['Hamburger']:.1f} times as long on shares")
     assert rounds[heads] == rounds["SA softmax"]
     far, low = seconds + 0.02 * rounds, "Linformer L2Q"
     assert far.idxmin() == rounds.idxmin() == "SA L2Q" and far.nsmallest(2).index[1] == low
