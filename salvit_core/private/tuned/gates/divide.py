@@ -92,6 +92,7 @@ def _quotient(module: Divide) -> tuple[tuple[int, int], bool]:
         return (low, high), False
     least = math.floor(math.log2(module.eps)) - round(math.log2(module.scale))
     lowest = high - MOST_OCTAVES
+    # A large eps or a small scale leaves knots all the same: the reciprocal needs some.
     return (min(max(least, lowest), low + 4), high), least >= lowest
 
 
