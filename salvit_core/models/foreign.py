@@ -210,7 +210,7 @@ class _Sizing(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         module = self.module.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, Divide):
-            most = float(self.env[node.args[1]].max()) + module.eps
-            module.scale = 2.0 ** (math.ceil(math.log2(most)) - 2) if most > 0 else 1.0
+            seen = float(self.env[node.args[1]].max())  # nothing is seen of an example of zeros
+            module.scale = 2.0 ** (math.ceil(math.log2(seen + module.eps)) - 2) if seen > 0 else 1.0
         with torch.no_grad():
             return super().run_node(node)

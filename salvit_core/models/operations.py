@@ -102,6 +102,7 @@ class Divide(Operation):
     """
 
     eps = EPS
+    sized = False  # whether the scale is what was seen on an example
 
     def __init__(self, scale: float = 1.0, eps: float | None = None):
         super().__init__()

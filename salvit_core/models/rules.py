@@ -323,7 +323,9 @@ def _divided(adoption: Adoption, x: Any, y: Any) -> fx.Node:
         added = y.args[1] if y.op == "call_function" and y.target is operator.add else None
         if isinstance(added, float) and 0 < added <= LARGEST_EPS:
             y, eps = y.all_input_nodes[0], added  # said to the division, which then knows how near zero is
-        return adoption.module("quotient", Divide(eps=eps), _secret(x, "div"), y)
+        divide = Divide(eps=eps)
+        divide.sized = True
+        return adoption.module("quotient", divide, _secret(x, "div"), y)
     return adoption.function(operator.truediv, x, float(y))
 
 

@@ -86,14 +86,19 @@ def reciprocal(x: Share, octaves: tuple[int, int], bits: int) -> Share:
 
 
 def _quotient(module: Divide) -> tuple[tuple[int, int], bool]:
-    """The octaves of (b + eps) / scale, and whether eps keeps every sum b >= 0 above the lowest."""
+    """The octaves of (b + eps) / scale, and whether eps keeps every sum b >= 0 above the lowest.
+
+    Where values set the scale, as in an adopted network, what it costs must not depend on them: there the octaves are
+    of eps alone, with two to spare for scales up to 4.
+    """
     low, high = QUOTIENT
     if module.eps <= 0:
         return (low, high), False
     least = math.floor(math.log2(module.eps)) - round(math.log2(module.scale))
-    lowest = high - MOST_OCTAVES
+    wanted = math.floor(math.log2(module.eps)) - 2 if module.sized else least
     # A large eps or a small scale leaves knots all the same: the reciprocal needs some.
-    return (min(max(least, lowest), low + 4), high), least >= lowest
+    low = min(max(wanted, high - MOST_OCTAVES), low + 4)
+    return (low, high), least >= low
 
 
 def _bits(module: Divide, lowest: int) -> int:
