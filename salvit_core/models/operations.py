@@ -116,7 +116,8 @@ class Divide(Operation):
 
     def extra_repr(self) -> str:
         """Options that show in the model's text and so in its fingerprint."""
-        return f"scale={self.scale:g}" + (f", eps={self.eps:g}" if self.eps != EPS else "")
+        eps = f", eps={self.eps:g}" if self.eps != EPS else ""
+        return f"scale={self.scale:g}{eps}{', sized' if self.sized else ''}"
 
     def flops(self, result: torch.Tensor, *inputs: torch.Tensor) -> int:
         """By size."""

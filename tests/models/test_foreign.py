@@ -373,7 +373,9 @@ def test_a_denominator_is_sized_with_its_eps():
 
 def test_divisions_that_differ_in_their_eps_are_not_the_same_to_two_parties():
     assert repr(Divide()) == "Divide(scale=1)"  # as it was, so that what is on record keeps its fingerprint
-    assert len({repr(Divide(eps=eps)) for eps in (None, 0.0, 1e-5)}) == 3
+    sized = Divide()
+    sized.sized = True
+    assert len({repr(sized), *(repr(Divide(eps=eps)) for eps in (None, 0.0, 1e-5))}) == 4
 
 
 def test_a_division_is_told_the_size_of_its_denominators():

@@ -245,3 +245,19 @@ def test_every_range_is_watched(module, inside, outside):
         assert (shared - clear).abs().max() <= 2.0 ** (3 - bits) + 2e-3
     _, _, parties = privately(module, torch.full((4,), 2 * outside), check=True)
     assert all(party.violations for party in parties)
+
+
+class Ratio(nn.Module):
+    """A division as in linear attention, kept from zero by an eps."""
+
+    def forward(self, x):
+        return (x / (x.square().sum(-1, keepdim=True) + 2.0**-14)).flatten(1)
+
+
+def test_what_a_division_costs_does_not_depend_on_the_values_that_sized_it():
+    """An estimate has shapes alone: what it counts is what runs, whatever example a network was adopted with."""
+    example = torch.randn(2, 3, 4, 4)
+    adopted = [adopt(Ratio(), factor * example) for factor in (1e-3, 1.0, 30.0)]
+    assert len({module.scale for graph in adopted for module in graph.modules() if hasattr(module, "scale")}) == 3
+    costs = [estimate(each, (1, 3, 4, 4)) for each in (Ratio(), *adopted)]
+    assert len({(each.rounds, each.bytes, each.dealer_bytes) for each in costs}) == 1
