@@ -18,6 +18,7 @@ import pandas as pd
 from .. import workspace
 from ..fields import Among, Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
+from ..search.sas import select
 from . import execute, replaced, store
 from .profiles import Profile, profile
 from .runs import Run, SearchRun, TrainRun
@@ -25,6 +26,19 @@ from .runs import Run, SearchRun, TrainRun
 # How good is what a search picks? All assignments of SA and EA to the layers, each trained from scratch.
 TRUTH = dict(images=15_000, epochs=12)
 SEEDS = 3
+
+# Searches held against it, on the same images: what differs in the first phase, the one that chooses.
+SEARCHED = dict(search_epochs=8, epochs=1)
+SEARCHES: dict[str, dict[str, Any]] = {
+    "Eq. 5, lambda 0.1": {},
+    "Eq. 5, lambda 0.01": dict(weight=0.01),
+    "Eq. 5, lambda 0.001": dict(weight=0.001),
+    "no L1 term": dict(weight=0.0),
+    "released": dict(released=True),
+    "alpha by SGD": dict(sgd=("alpha",)),
+    "sigmoid of alpha": dict(gate="sigmoid"),
+}
+SCORES = ("alpha", "saliency", "perturbation")  # by which layers are chosen: `sas.scores`
 
 SA: dict[str, dict[str, Any]] = {
     "SA softmax": dict(normalizer="softmax"),
@@ -108,17 +122,75 @@ def picks(table: pd.DataFrame, profile_name: str = "reference", data: str = "cif
             continue
         for record in execute.recorded([run], "reference").values():
             chosen = letters(replace(run.network, attention=tuple(record["metrics"]["architecture"])))
-            rivals = table[table["B"] == chosen.count("S")]["mean"]
-            alphas = record["metrics"]["alphas"]
-            score = [sum(a for a, kind in zip(alphas, each) if kind == "S") for each in table.index]
-            tau = pd.Series(score, table.index).corr(table["mean"], method="kendall")
-            regret = rivals.max() - rivals
-            row = dict(search=name, seed=run.seed, B=chosen.count("S"), chosen=chosen)
-            row |= {"rank": table["rank"].get(chosen), "of": len(rivals), "regret": regret.get(chosen)}
-            row |= {"random": regret.mean(), "worst": regret.max(), "tau": tau}
+            row = dict(search=name, seed=run.seed, **_against(table, chosen))
+            row |= {"tau": _tau(table, record["metrics"]["alphas"])}
             row |= {"mixture": record["metrics"]["nas"][-1]["validation_accuracy"]}
             rows.append(row | {"extracted": record["history"][0]["validation_accuracy"]})
     return pd.DataFrame(rows).set_index(["search", "seed"])
+
+
+def _against(table: pd.DataFrame, chosen: str) -> dict:
+    """How good an assignment is among those of its budget."""
+    regret = table["mean"][table["B"] == chosen.count("S")]
+    regret = regret.max() - regret
+    row = {"B": chosen.count("S"), "chosen": chosen, "rank": table["rank"].get(chosen), "of": len(regret)}
+    return row | {"regret": regret.get(chosen), "random": regret.mean(), "worst": regret.max()}
+
+
+def _tau(table: pd.DataFrame, score: list[float]) -> float:
+    """Kendall's rank correlation of accuracy with the sum of what a search thinks of the layers with self-attention."""
+    sums = [sum(value for value, kind in zip(score, each, strict=True) if kind == "S") for each in table.index]
+    return pd.Series(sums, table.index).corr(table["mean"], method="kendall")
+
+
+def searches(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> dict[tuple[str, int], SearchRun]:
+    """The searches that are held against the truth, by name and seed, on the truth's images.
+
+    None depends on its budget: whatever the budget is, what they think of a layer is the same.
+    """
+    cut, made = replace(size, images=TRUTH["images"], search_epochs=SEARCHED["search_epochs"]), {}
+    config = cut.config(data, "SA L2Q")
+    for seed, (name, changes) in itertools.product(range(seeds), SEARCHES.items()):
+        changes = {**changes, "epochs": SEARCHED["epochs"]}
+        sgd = changes.pop("sgd", ())
+        run = cut.search(data, config, config.layers // 2, seed, **changes)
+        first = replace(run.search.first, sgd=sgd)
+        made[name, seed] = replace(run, search=replace(run.search, first=first))
+    return made
+
+
+def judged(table: pd.DataFrame, profile_name: str = "reference", data: str = "cifar10") -> pd.DataFrame:
+    """What each of `searches` on record would choose at every budget, by each score, held against `truth_table`.
+
+    Returns:
+        Columns search, score, seed, and as in `picks` B, chosen, rank, of, regret, random, worst, tau.
+    """
+    rows = []
+    for (name, seed), run in searches(profile(profile_name), data).items():
+        for record in execute.recorded([run], "reference").values():
+            known = {"alpha": record["metrics"]["alphas"], **record["metrics"]["scores"]}
+            for score, b in itertools.product(SCORES, range(1, run.network.layers)):
+                chosen = letters(replace(run.network, attention=select(known[score], b)))
+                row = dict(search=name, score=score, seed=seed, **_against(table, chosen))
+                rows.append(row | {"tau": _tau(table, known[score])})
+    columns = ["search", "score", "seed", "B", "chosen", "rank", "of", "regret", "random", "worst", "tau"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdicts(found: pd.DataFrame) -> pd.DataFrame:
+    """`judged` by search and score: over seeds and budgets.
+
+    Returns:
+        Indexed by search and score, the least regret first: n (seeds), the mean regret (%) at each budget and over all
+        of them, their standard deviation over the seeds, that of a random choice and of the worst, and tau.
+    """
+    groups = ["search", "score"]
+    each = found.groupby([*groups, "seed"], sort=False)[["regret", "random", "worst", "tau"]].mean()
+    table = each.groupby(groups, sort=False).mean()
+    table.insert(0, "n", each.groupby(groups, sort=False).size())
+    table.insert(2, "spread", each.groupby(groups, sort=False)["regret"].std())
+    at = found.pivot_table("regret", groups, "B", sort=False).rename(columns="B = {}".format)
+    return table.join(at).sort_values("regret")
 
 
 def by_budget(table: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
@@ -245,7 +317,7 @@ def campaign(name: str = "reference") -> list[Run]:
     every: list[Run] = [*(first(size) if name == "short" else ())]
     for run in replaced.plan(size, "digits" if name == "smoke" else "cifar10").values():
         every += [run.teacher, run]
-    every += [*truth(size), *(run for _, run in named(size))]
+    every += [*truth(size), *searches(size).values(), *(run for _, run in named(size))]
     main = [
         dict(normalizer="softmax"),
         dict(normalizer="2quad"),

@@ -55,6 +55,8 @@ class Command(Checked):
     """lambda of Eq. 5, the weight of sum |alpha| in the loss."""
     folded: bool = False
     """Self-attention keeps the scale that it had in the mixture when it is extracted; not the paper's."""
+    gate: Annotated[str, Among(*sas.GATES)] = "free"
+    """What bounds alpha: nothing ("free", the paper's), or a logistic function of what is learnt ("sigmoid")."""
     released: bool = False
     """Search as the published code does where it parts from the paper."""
     search_epochs: Count = 600
@@ -82,10 +84,11 @@ def run(command: Command) -> Path:
     recipe = command.recipe
     first = dataclasses.replace(recipe, epochs=command.search_epochs)
     kind = ReleasedSearch if command.released else Search
-    asked = command.budget, command.granularity, command.rule, command.weight, command.folded
+    asked = command.budget, command.granularity, command.rule, command.weight, command.folded, command.gate
     search = kind(config, first, recipe, recipe.seed, *asked)
     name = f"{command.preset}-{command.method}-{data.name}-{'released-' * command.released}{command.granularity}"
-    name += f"-{command.budget}-{command.rule}{'-folded' * command.folded}-{recipe.seed}"
+    name += f"-{command.budget}-{command.rule}{'-folded' * command.folded}"
+    name += f"{'-sigmoid' * (command.gate == 'sigmoid')}-{recipe.seed}"
     out = command.out or workspace.ROOT / "data" / "runs" / "searches" / name.replace(" ", "-")
     for file in ("nas.pt", "weights.pt", "result.json"):
         workspace.try_out(out / file)

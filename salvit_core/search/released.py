@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..datasets import Data
-from .sas import MixedCCT, Penalty, Search, extract, first_phase, found, freeze, second_phase, select
+from .sas import MixedCCT, Penalty, Search, extract, first_phase, found, freeze, scores, second_phase, select
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class ReleasedSearch(Search):
         super().__post_init__()
         if self.folded:
             raise ValueError("folded is True: as released, alphas are 1 and 0 before fine-tuning")
+        if self.gate != "free":
+            raise ValueError(f"gate is {self.gate!r}: as released, alpha is learnt itself")
         for name in ("first", "finetune"):
             object.__setattr__(self, name, replace(getattr(self, name), decay_all=True))
 
@@ -40,7 +42,8 @@ def search(
     torch.manual_seed(run.seed)
     net = MixedCCT(run.network, run.granularity)
     history = first_phase(net, run, data, ReleasedPenalty(net, run.weight), teacher, folder)
+    judged = scores(net, data, run.first.batch)
     chosen = select(net.alphas(), run.budget, run.rule, run.seed)
     freeze(net, chosen)
     tuned = second_phase(net, net, chosen, run, data, teacher, folder, frozen=("alpha",))
-    return found(net, chosen, history, tuned, extract(net, chosen))
+    return {**found(net, chosen, history, tuned, extract(net, chosen)), "scores": judged}

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from torch.nn import functional
+from torch.nn.utils import parametrize
 
-from ..datasets import Data
+from ..datasets import Data, batches
 from ..fields import Among, Checked, CountOrNone, Seed, Weight, shown, whole
 from ..models.attention.external import ExternalAttention
 from ..models.attention.headwise import ExternalHeads, SelfHeads
@@ -29,6 +31,7 @@ from ..training.recipe import Recipe
 
 PAIR = ("self", "external")  # the paper's two choices
 GRANULARITIES = ("layer", "head")
+GATES = ("free", "sigmoid")
 RULES = ("top", "bottom", "random")
 
 Architecture = tuple[str | tuple[str, ...], ...]  # `CCTConfig.attention`: one entry per layer
@@ -71,6 +74,7 @@ class Search(Phases):
     rule: str | tuple = "top"  # as in `select`
     weight: Weight = 0.1  # lambda of Eq. 5
     folded: bool = False  # as in `extract`
+    gate: Annotated[str, Among(*GATES)] = "free"  # as in `MixedCCT`
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,20 +102,21 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
 
     Returns:
         plain data: architecture (as `CCTConfig.attention`), alphas (the last), trajectory (alphas after each epoch of
-        the first phase), nas (that phase's history), nas_seconds, finetune (`train`'s result), test_accuracy (%); and
-        network, the trained CCT, not plain data.
+        the first phase), scores (as `scores` gives them), nas (that phase's history), nas_seconds, finetune (`train`'s
+        result), test_accuracy (%); and network, the trained CCT, not plain data.
 
     Raises:
         ValueError: a checkpoint of another search, or as `select` and `fit`.
         FloatingPointError: as `fit`.
     """
     torch.manual_seed(run.seed)
-    net = MixedCCT(run.network, run.granularity)
+    net = MixedCCT(run.network, run.granularity, gate=run.gate)
     history = first_phase(net, run, data, Penalty(net, run.weight), teacher, folder)
+    judged = scores(net, data, run.first.batch)
     chosen = select(net.alphas(), run.budget, run.rule, run.seed)
     model = extract(net, chosen, run.folded)
     tuned = second_phase(model, net, chosen, run, data, teacher, folder)
-    return found(net, chosen, history, tuned, model)
+    return {**found(net, chosen, history, tuned, model), "scores": judged}
 
 
 # The network that is searched
@@ -124,9 +129,11 @@ class MixedCCT(CCT):
         config: the architecture; what it names as attention is ignored.
         granularity: "layer", one alpha per layer (SAS-L), or "head", one per head (SAS-H).
         initial: value that every alpha starts from; the paper has 0.1.
+        gate: "free", alpha is learnt itself and has no bounds (Eq. 3), or "sigmoid", alpha is the logistic function of
+            what is learnt, as a softmax of two learnt numbers would be of their difference.
 
     Raises:
-        ValueError: unknown granularity, or a ViT's configuration.
+        ValueError: unknown granularity or gate, or a ViT's configuration.
     """
 
     choices: tuple[str, ...] = PAIR
@@ -137,8 +144,11 @@ class MixedCCT(CCT):
         granularity: str = "layer",
         initial: float = 0.1,
         attention: Callable[[CCTConfig, int], torch.nn.Module] | None = None,
+        gate: str = "free",
     ):
         _known_granularity(granularity)
+        if gate not in GATES:
+            raise ValueError(f"gate {shown(gate)} is unknown: choose from {', '.join(GATES)}")
         if not isinstance(config, CCTConfig):
             raise ValueError(f"the search is over a CCT's attention: {type(config).__name__} is of another network")
 
@@ -149,7 +159,10 @@ class MixedCCT(CCT):
             return MixedAttention(SelfAttention(config), ExternalAttention(config), None, initial)
 
         super().__init__(config, attention or mixture)
-        self.granularity = granularity
+        self.granularity, self.gate = granularity, gate
+        if gate == "sigmoid":
+            for block in self.blocks:
+                parametrize.register_parametrization(block.attention, "alpha", Sigmoid())
 
     def alphas(self) -> torch.Tensor:
         """The selection parameters as part of the graph, so that a loss on them has a gradient.
@@ -168,6 +181,18 @@ class MixedCCT(CCT):
 def mixed(config: CCTConfig, granularity: str = "layer", initial: float = 0.1) -> MixedCCT:
     """The network to search; see `MixedCCT`."""
     return MixedCCT(config, granularity, initial)
+
+
+class Sigmoid(torch.nn.Module):
+    """The logistic function, and back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        return torch.sigmoid(x)
+
+    def right_inverse(self, y: torch.Tensor) -> torch.Tensor:
+        """Any shape, of values from 0 to 1."""
+        return torch.logit(y)
 
 
 class Penalty:
@@ -190,10 +215,68 @@ class Penalty:
         return {"alphas": self.net.alphas().tolist()}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(weight={self.weight})"
+        gate = "" if self.net.gate == "free" else f", gate={self.net.gate!r}"
+        return f"{type(self).__name__}(weight={self.weight}{gate})"
 
 
 # From alphas to an architecture
+
+
+def scores(net: MixedCCT, data: Data, batch: int) -> dict[str, list]:
+    """What a search knows of its layers, or heads, besides alpha: by both, more is more in need of self-attention.
+
+    Both are of the cross-entropy on the validation images, all else in the network as it is. What Algorithm 1 selects
+    by, alpha, says how loud self-attention is and not what is lost without it, since its weights grow as alpha shrinks.
+
+    Args:
+        net: the mixture, trained.
+        data: `data.validation` is read.
+        batch: images at a time.
+
+    Returns:
+        saliency: minus the derivative by alpha, first order in what more self-attention would gain; perturbation: how
+        much is lost with alpha at zero (as of operations in Wang et al., "Rethinking architecture selection in
+        differentiable NAS", 2021). Nested lists (L,) or (L, H).
+    """
+    was, total = net.training, len(data.validation.labels)
+    layers = [block.attention for block in net.eval().blocks]
+
+    def entropy(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Its part of the mean cross-entropy."""
+        return functional.cross_entropy(net(images), labels, reduction="sum") / total
+
+    def loss() -> torch.Tensor:
+        """The mean cross-entropy."""
+        with torch.no_grad():
+            return sum(entropy(images, labels) for images, labels in batches(data.validation, batch))
+
+    before, shape = loss(), net.alphas().shape
+    saliency, lost = torch.zeros(shape), torch.zeros(shape)
+    for images, labels in batches(data.validation, batch):
+        with parametrize.cached():
+            alphas = [attention.alpha for attention in layers]
+            slopes = torch.autograd.grad(entropy(images, labels), alphas)
+        saliency -= torch.stack([slope.reshape(shape[1:]).cpu() for slope in slopes])
+    for layer, attention in enumerate(layers):
+        alpha = attention.alpha.detach().clone()
+        for place in range(alpha.numel()):
+            changed = alpha.clone()
+            changed.view(-1)[place] = 0.0
+            _set_alpha(attention, changed)
+            lost[layer].view(-1)[place] = (loss() - before).cpu()
+        _set_alpha(attention, alpha)
+    net.train(was)
+    return {"saliency": saliency.tolist(), "perturbation": lost.tolist()}
+
+
+def _set_alpha(attention: torch.nn.Module, value: torch.Tensor) -> None:
+    """Whether it is learnt itself, or through a gate."""
+    with torch.no_grad():
+        value = value.view_as(attention.alpha).to(attention.alpha)
+        if parametrize.is_parametrized(attention):
+            attention.alpha = value
+        else:
+            attention.alpha.copy_(value)
 
 
 def select(
@@ -259,10 +342,8 @@ def freeze(net: MixedCCT, chosen: Architecture) -> None:
     Raises:
         ValueError: an architecture of another shape than the network's.
     """
-    with torch.no_grad():
-        for block, names in zip(net.blocks, _checked(net, chosen), strict=True):
-            alpha = block.attention.alpha
-            alpha.copy_(net.ones(names).view_as(alpha))
+    for block, names in zip(net.blocks, _checked(net, chosen), strict=True):
+        _set_alpha(block.attention, net.ones(names))
 
 
 def extract(net: MixedCCT, chosen: Architecture, folded: bool = False) -> CCT:

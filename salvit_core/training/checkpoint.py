@@ -16,6 +16,7 @@ from torch import nn
 from .. import workspace
 from ..datasets import Data
 from ..models.config import Network, config_of
+from .preparation import Optimizers
 from .processes import process
 from .recipe import Recipe
 
@@ -90,7 +91,7 @@ def save(
     path: Path,
     identity: dict,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     generator: torch.Generator,
     history: list[dict],
     best: dict | None,
@@ -116,7 +117,11 @@ def save(
 
 
 def resume(
-    path: Path, identity: dict, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    path: Path,
+    identity: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Optimizers,
+    generator: torch.Generator,
 ) -> tuple[list[dict], dict | None]:
     """Put model, optimizer and random generators where the checkpoint left them; its history and best weights.
 

@@ -30,6 +30,9 @@ class Recipe(Checked):
     """Learning rate after warming up."""
     optimizer: Annotated[str, Among(*OPTIMIZERS)] = "adamw"
     """"adamw", or "adam", which couples weight decay to the gradient."""
+    sgd: tuple[str, ...] = ()
+    """Parameters that plain gradient descent trains instead, at the same rate and undecayed: those whose dotted name
+    has one of these words as a part, such as "alpha"."""
     weight_decay: Weight = 0.06
     """Of weights; what else it acts on: --decay-all."""
     decay_all: bool = False

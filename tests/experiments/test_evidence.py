@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -108,3 +109,35 @@ def test_what_a_search_picks_is_held_against_every_assignment(monkeypatch):
     top, bottom = (evidence.picks(truth).xs(0, level="seed").filter(regex=rf"^{name} B=\d$", axis=0) for name in NAMES)
     assert (top["rank"] == top["of"]).all() and (bottom["regret"] < 0.6).all() and (top["tau"] < 0).all()
     assert (top["mixture"] - top["extracted"] > 6).all() and (bottom["mixture"] - bottom["extracted"] < 2).all()
+
+
+def test_searches_are_judged_by_each_score_at_every_budget(monkeypatch):
+    """On the truth's images; a score that is the truth itself has no regret, its opposite the largest."""
+    truth = pd.DataFrame(
+        {"B": [0, 1, 1, 2], "mean": [50.0, 51.0, 53.0, 54.0], "rank": [1, 2, 1, 1]}, ["EE", "SE", "ES", "SS"]
+    )
+    size = evidence.profile("smoke")
+    size = dataclasses.replace(size, changes={"layers": 2})
+    monkeypatch.setattr(evidence, "profile", lambda name: size)
+    runs = evidence.searches(size, "digits", seeds=2)
+    assert len(runs) == 14 and len({store.key(run) for run in runs.values()}) == 14
+    assert {run.images for run in runs.values()} == {evidence.TRUTH["images"]}
+    assert runs["alpha by SGD", 1].search.first.sgd == ("alpha",) and not runs["alpha by SGD", 1].search.finetune.sgd
+    known = {"alphas": [0.2, 0.1], "scores": {"saliency": [0.1, 0.2], "perturbation": [-0.3, -0.1]}}
+    for seed in range(2):
+        file = store.path(runs["released", seed], "reference")
+        workspace.write_json(file, record_of(runs["released", seed], known))
+    found = evidence.judged(truth, "smoke", "digits")
+    assert len(found) == 2 * 3 and set(found["search"]) == {"released"} and set(found["B"]) == {1}
+    by = found[found["seed"] == 0].set_index("score")
+    assert list(by["chosen"]) == ["SE", "ES", "ES"] and list(by["regret"]) == [2.0, 0.0, 0.0]
+    assert (by["random"] == 1.0).all() and (by["worst"] == 2.0).all()
+    assert by["tau"].to_dict() == pytest.approx({"alpha": 2 / 3, "saliency": 1.0, "perturbation": -2 / 3})
+    told = evidence.verdicts(found)
+    assert (told["n"] == 2).all() and (told["spread"] == 0).all()
+    assert told.loc[("released", "alpha"), "B = 1"] == told.loc[("released", "alpha"), "regret"] == 2.0
+    assert evidence.verdicts(evidence.judged(truth.iloc[:0], "smoke", "digits").iloc[:0]).empty
+
+
+def record_of(run, metrics):
+    return {"study": run.study, "key": store.key(run), "config": dataclasses.asdict(run), "metrics": metrics}

@@ -1,14 +1,16 @@
+import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 
-from salvit_core import CCT, CCTConfig, preset
+from salvit_core import CCT, CCTConfig, datasets, preset
 from salvit_core.models.attention.headwise import ExternalHeads, SelfHeads
 from salvit_core.models.graph import trace
 from salvit_core.search import sas
-from salvit_core.search.released import ReleasedPenalty
+from salvit_core.search.released import ReleasedPenalty, ReleasedSearch
 from salvit_core.training import Recipe, fit, loop
 
 RECIPE = Recipe(epochs=2, batch=128, lr=4e-3, augment="none")
@@ -251,6 +253,70 @@ def test_impossible_budgets_are_refused(budget):
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="rule 'best' is unknown: choose from top, bottom, random"):
         sas.select(ALPHAS, 1, "best")
+
+
+# What a search knows besides alpha
+
+
+@pytest.mark.parametrize("gate", sas.GATES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_scores_are_what_self_attention_changes(few_digits, monkeypatch, granularity, gate):
+    """The perturbation: the loss without a layer's self-attention, less the loss with it. The saliency: a slope."""
+    net = stirred(sas.MixedCCT(preset("cct_2_3x1", normalizer="l2q", layers=3), granularity, gate=gate)).double()
+
+    def doubled(split, size):
+        return [(images.double(), labels) for images, labels in datasets.batches(split, size)]
+
+    monkeypatch.setattr(sas, "batches", doubled)
+    ((images, labels),) = doubled(few_digits.validation, 10_000)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    def loss(layer, head, factor=1.0, step=0.0):
+        changed = copy.deepcopy(net)
+        attention = changed.blocks[layer].attention
+        alpha = attention.alpha.detach().clone()
+        alpha.view(-1)[head] = factor * alpha.view(-1)[head] + step
+        sas._set_alpha(attention, alpha)
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(changed(images), labels).item()
+
+    found = sas.scores(net, few_digits, 50)
+    assert all(torch.allclose(before[name], tensor, atol=1e-12) for name, tensor in net.state_dict().items())
+    for layer, head in itertools.product(range(3), range(1 if granularity == "layer" else 2)):
+        place = (layer, head)[: net.alphas().dim()]
+        lost, saliency = (torch.tensor(found[name])[place].item() for name in ("perturbation", "saliency"))
+        assert lost == pytest.approx(loss(layer, head, 0.0) - loss(layer, head), rel=1e-4, abs=1e-7)
+        slope = (loss(layer, head, step=1e-4) - loss(layer, head, step=-1e-4)) / 2e-4
+        assert saliency == pytest.approx(-slope, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_gate_keeps_alpha_between_0_and_1(few_digits, tmp_path, granularity):
+    run = sas.Search(preset("cct_2_3x1", normalizer="l2q"), RECIPE, RECIPE, 0, 1, granularity, gate="sigmoid")
+    net = sas.MixedCCT(run.network, granularity, gate="sigmoid")
+    torch.testing.assert_close(net.alphas(), torch.full((2,) if granularity == "layer" else (2, 2), 0.1))
+    strong = dataclasses.replace(run, weight=1e3)
+    result = sas.search(strong, few_digits, folder=tmp_path)
+    assert all(0 < alpha < 0.1 for alpha in torch.tensor(result["alphas"]).flatten().tolist())
+    with torch.no_grad():
+        for name in ("self", "external"):
+            chosen = (name if granularity == "layer" else (name, name),) * 2
+            sas.freeze(net, chosen)
+            images = torch.randn(3, 1, 8, 8)
+            torch.testing.assert_close(sas.extract(net, chosen).eval()(images), net.eval()(images))
+    with pytest.raises(ValueError, match="gate=.sigmoid..., here .Penalty.weight=1000.0..;"):
+        sas.search(dataclasses.replace(strong, gate="free"), few_digits, folder=tmp_path)
+    with pytest.raises(ValueError, match="gate is 'sigmoid': as released, alpha is learnt itself"):
+        ReleasedSearch(preset("cct_2_3x1"), RECIPE, RECIPE, gate="sigmoid")
+
+
+def test_alpha_may_go_down_by_plain_gradient_descent(few_digits):
+    """Of a strong term alone: by the sum of the rates times lambda, where Adam's steps do not ask how strong it is."""
+    first = dataclasses.replace(RECIPE, epochs=1, sgd=("alpha",))
+    run = sas.Search(preset("cct_2_3x1", normalizer="l2q"), first, RECIPE, budget=1, weight=1.0)
+    steps = -(-len(few_digits.train.labels) // first.batch)
+    moved = torch.tensor(sas.search(run, few_digits)["alphas"]) - 0.1
+    torch.testing.assert_close(moved, torch.full((2,), -steps * first.lr), rtol=0.5, atol=0)
 
 
 # The L1 term

@@ -128,6 +128,32 @@ def test_decay_spares_what_is_learnt_beside_the_weights():
     assert released["weight_decay"] == RECIPE.weight_decay
 
 
+def test_gradient_descent_of_some_parameters_goes_on_where_it_was(few_digits, tmp_path):
+    """What it trains moves by the rate times its gradient, all else as without it; a stop changes nothing."""
+    recipe = dataclasses.replace(RECIPE, epochs=2, sgd=("c", "blocks.1.attention"))
+    model = network("SA L2Q")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, rest, descending = optimizer(model, recipe).param_groups
+    held = [name for name in names.values() if name.endswith(".c") or name.startswith("blocks.1.attention.")]
+    assert sorted(names[p] for p in descending["params"]) == sorted(held)
+    assert len(decayed["params"]) + len(rest["params"]) + len(held) == len(names) and not descending["weight_decay"]
+
+    both, before = optimizer(model, recipe), {name: parameter.clone() for parameter, name in names.items()}
+    model(torch.randn(8, 1, 8, 8)).square().sum().backward()
+    both.step()
+    for parameter, name in names.items():
+        if name in held:
+            torch.testing.assert_close(parameter, before[name] - recipe.lr * parameter.grad)
+
+    whole, part = list(fit(network("SA L2Q"), few_digits, recipe)), tmp_path / "run.pt"
+    next(fit(network("SA L2Q"), few_digits, recipe, checkpoint=part))
+    assert untimed(fit(network("SA L2Q"), few_digits, recipe, checkpoint=part)) == untimed(whole)
+    with pytest.raises(ValueError, match="its sgd is .'c', 'blocks.1.attention'., here ..;"):
+        next(fit(network("SA L2Q"), few_digits, dataclasses.replace(recipe, sgd=()), checkpoint=part))
+    with pytest.raises(ValueError, match="no trained parameter is called alpha: take it out of sgd"):
+        optimizer(model, dataclasses.replace(recipe, sgd=("alpha", "c")))
+
+
 def test_frozen_parameters_stay(few_digits):
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
