@@ -220,6 +220,19 @@ def test_an_answer_is_judged_by_its_margin(private_logits, error, doubt, agrees)
     assert launch.compared(None, 1 - clear.argmax(1), clear)["doubt"] == float("inf")
 
 
+@pytest.mark.parametrize("error, agrees", [(0.03, True), (0.05, False), (float("nan"), False)])
+def test_what_has_no_classes_is_judged_by_its_largest_number(error, agrees):
+    """Two numbers may lie as close as they like: no class hangs on which is the larger."""
+    clear = torch.tensor([2.0, 2.0, -0.5, 0.1]).expand(3, 4).unflatten(1, (2, 2)).contiguous()
+    found = clear.clone()
+    found[1, 0, 1] += error
+    facts = launch.compared(found, found.flatten(1).argmax(1), clear)
+    wanted = error if error == error else float("inf")
+    assert facts == pytest.approx({"error": wanted, "margin": float("inf"), "doubt": 0.0, "agrees": agrees}, abs=1e-6)
+    column = clear.flatten(1)[:, :, None, None]  # classes all the same
+    assert launch.compared(column, column.flatten(1).argmax(1), column)["margin"] == 0.0
+
+
 def test_busy_port():
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

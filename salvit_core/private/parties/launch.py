@@ -46,6 +46,9 @@ from .rendezvous import listen
 # from a half on an error could swap them.
 DOUBT = 0.25
 
+# Of what has no classes, such as tokens: when no number of an image errs by more than this part of its largest.
+NEAR = 0.02
+
 # A query of more images is looked at before: it may not fit in memory.
 ROOMY = 16
 
@@ -82,9 +85,11 @@ class Result(Costs):
         rounds: exchanges or one-way messages between the parties.
         bytes: one way, (sent + received) / 2 at the client; the dealer's traffic is not in it.
         error: largest difference to the clear logits; NaN where only labels were revealed.
-        margin: least difference between an image's two highest clear logits.
+        margin: least difference between an image's two highest clear logits; infinite where a network gives no
+            (B, classes), but tokens, say.
         doubt: largest ratio of an image's error to its margin; from 1/2 on another class may have come out.
-        agrees: whether every image's highest logit is the clear one's.
+        agrees: whether every image's highest logit is the clear one's; without classes, whether no number of an image
+            errs by more than a fiftieth of its largest.
         protocol: as asked for.
         provider: as asked for: with "TFP" this was a measurement, not a private run.
         violations: operations whose inputs leave the domain of their protocol, each with the values and the domain.
@@ -277,13 +282,16 @@ def infer(
 
 
 def compared(logits: torch.Tensor | None, labels: torch.Tensor, clear: torch.Tensor) -> dict:
-    """How a private answer compares with clear logits (B, classes): error, margin, doubt and agrees of `Result`.
+    """How a private answer compares with clear logits (B, classes), or what else a network gives, (B, ...).
+
+    These are error, margin, doubt and agrees of `Result`.
 
     Without logits there is no error to see: there is doubt where the labels differ.
     """
+    classes = clear.shape[1:].numel() == clear.shape[1]  # else tokens, or a map: there is no highest one to mistake
     clear = clear.flatten(1)
     margin = torch.full((len(clear),), math.inf)
-    if clear.shape[1] > 1:
+    if classes and clear.shape[1] > 1:
         margin = clear.topk(2, 1).values.diff(dim=1)[:, 0].neg()
     same = labels == clear.argmax(1)
     if logits is None:
@@ -291,6 +299,7 @@ def compared(logits: torch.Tensor | None, labels: torch.Tensor, clear: torch.Ten
     else:
         errors = (logits.flatten(1) - clear).abs().amax(1).nan_to_num(math.inf, math.inf)  # (B,)
         doubt = (errors / margin).nan_to_num(0.0, math.inf)  # no error at no margin: no doubt
+        same = same if classes else errors <= NEAR * clear.abs().amax(1)
         error = float(errors.max())
     return {"error": error, "margin": float(margin.min()), "doubt": float(doubt.max()), "agrees": bool(same.all())}
 
