@@ -512,8 +512,7 @@ def _private(run: PrivateRun) -> dict:
     return {
         "faithful": result.faithful,
         "logit_error": result.error,
-        "margin": result.margin,
-        "doubt": result.doubt,
+        **({} if run.alone else {"margin": result.margin, "doubt": result.doubt}),  # tokens are no classes
         "violations": result.violations,
         "setup_seconds": result.setup,
         "threads": result.threads,
