@@ -229,6 +229,8 @@ def test_what_has_no_classes_is_judged_by_its_largest_number(error, agrees):
     facts = launch.compared(found, found.flatten(1).argmax(1), clear)
     wanted = error if error == error else float("inf")
     assert facts == pytest.approx({"error": wanted, "margin": float("inf"), "doubt": 0.0, "agrees": agrees}, abs=1e-6)
+    small, off = 1e-3 * clear, torch.full_like(clear, error / 100)
+    assert launch.compared(small + off, small.flatten(1).argmax(1), small)["agrees"] == (error / 100 < 2**-10)
     column = clear.flatten(1)[:, :, None, None]  # classes all the same
     assert launch.compared(column, column.flatten(1).argmax(1), column)["margin"] == 0.0
 

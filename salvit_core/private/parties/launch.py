@@ -46,8 +46,9 @@ from .rendezvous import listen
 # from a half on an error could swap them.
 DOUBT = 0.25
 
-# Of what has no classes, such as tokens: when no number of an image errs by more than this part of its largest.
-NEAR = 0.02
+# Of what has no classes, such as tokens: when no number of an image errs by more than this part of its largest, or by
+# what a few roundings of fixed point come to, whatever the size of the rest.
+NEAR, ROUNDED = 0.02, 2**-10
 
 # A query of more images is looked at before: it may not fit in memory.
 ROOMY = 16
@@ -89,7 +90,7 @@ class Result(Costs):
             (B, classes), but tokens, say.
         doubt: largest ratio of an image's error to its margin; from 1/2 on another class may have come out.
         agrees: whether every image's highest logit is the clear one's; without classes, whether no number of an image
-            errs by more than a fiftieth of its largest.
+            errs by more than a fiftieth of its largest or 2^-10, whichever is more.
         protocol: as asked for.
         provider: as asked for: with "TFP" this was a measurement, not a private run.
         violations: operations whose inputs leave the domain of their protocol, each with the values and the domain.
@@ -299,7 +300,7 @@ def compared(logits: torch.Tensor | None, labels: torch.Tensor, clear: torch.Ten
     else:
         errors = (logits.flatten(1) - clear).abs().amax(1).nan_to_num(math.inf, math.inf)  # (B,)
         doubt = (errors / margin).nan_to_num(0.0, math.inf)  # no error at no margin: no doubt
-        same = same if classes else errors <= NEAR * clear.abs().amax(1)
+        same = same if classes else errors <= (NEAR * clear.abs().amax(1)).clamp(min=ROUNDED)
         error = float(errors.max())
     return {"error": error, "margin": float(margin.min()), "doubt": float(doubt.max()), "agrees": bool(same.all())}
 
