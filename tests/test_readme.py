@@ -34,9 +34,13 @@ def test_it_is_one_page():
     assert len(README.split()) <= 900
 
 
+def text(name):
+    return (BENCHMARKS / f"{name}.md").read_text()
+
+
 def benchmark(name):
     """Seconds, rounds, MB, the dealer's MB and the error by network and variant."""
-    lines = (BENCHMARKS / f"{name}.md").read_text().splitlines()
+    lines = text(name).splitlines()
     found = [cells(line) for line in lines if line.startswith(("| SAL-ViT B=3 |", "| SA softmax |"))]
     return {
         (network, variant): [seconds.split()[0], *rest, error.split(",")[0]]
@@ -49,17 +53,18 @@ def test_the_benchmark_is_the_one_on_record():
     shown = {(network, variant): told for network, variant, *told in rows("CCT-7/3x1, one image")}
     assert len(shown) == 6 and shown == {key: found[key] for key in shown}
     stock, tuned = (found["SAL-ViT B=3", variant] for variant in ("stock", "tuned"))
-    assert json.loads((BENCHMARKS / "private.json").read_text())["machine"]["processor"].startswith("Intel")
+    assert json.loads((BENCHMARKS / "private.json").read_text())["machine"]["processor"].startswith("AMD")
     claim = r"right answer, ([\d.]+) times sooner.*?with (\d+) times fewer bytes and ([\d.]+) times fewer rounds"
     factor, fewer, rounds = re.findall(claim, README, re.S)[0]
-    assert abs(float(factor) - float(stock[0]) / float(tuned[0])) < 0.06  # seconds here are rounded
+    (told,) = re.findall(r"^\| SAL-ViT, seconds, all in.*\| ([\d.]+)x \|$", text("private"), re.M)
+    assert factor == told and abs(float(factor) - float(stock[0]) / float(tuned[0])) < 0.1  # seconds here are rounded
     assert int(fewer) == round(int(stock[2]) / int(tuned[2]))
     assert float(rounds) == round(int(stock[1]) / int(tuned[1]), 1)
     assert f"take {float(stock[0]):.1f} s for one CIFAR image" in README
-    older = benchmark("private_avx2")
-    told = re.findall(r"without AVX-512 the factor was ([\d.]+)", README)
-    ratio = float(older["SAL-ViT B=3", "stock"][0]) / float(older["SAL-ViT B=3", "tuned"][0])
-    assert told == [f"{ratio:.1f}"]
+    for name, said in (("private_xeon", "Intel Xeon the factor is"), ("private_avx2", "without AVX-512 it was")):
+        other = benchmark(name)
+        ratio = float(other["SAL-ViT B=3", "stock"][0]) / float(other["SAL-ViT B=3", "tuned"][0])
+        assert f"{said} {ratio:.1f}" in " ".join(README.split())
 
 
 def test_nine_of_thirteen_variants_give_noise():

@@ -84,7 +84,7 @@ def test_stock_s_seconds_are_one_number_in_notebooks_01_and_09():
     assert theirs.to_dict() == mine.to_dict()
     config = preset(network, "SAL-ViT B=3")
     hybrid = [latency.costs(r)["seconds"] for run, r in both.items() if run in runs and run.network == config]
-    assert statistics.median(hybrid) == theirs["SAL-ViT B=3"] == pytest.approx(29.1, abs=0.05)
+    assert statistics.median(hybrid) == theirs["SAL-ViT B=3"] == pytest.approx(7.5, abs=0.05)
 
 
 def test_what_was_not_evaluated_takes_no_row_of_a_figure():

@@ -12,7 +12,7 @@ from salvit_core.experiments import migrate, store
 from salvit_core.experiments.runs import RUNS, run_of
 
 # Of every record that was there when records got their present names: old name, name now, a digest of its numbers.
-# Those of the small networks' costs were measured again on 2026-11-27.
+# Those of private and of clear costs were measured again on 2026-11-27.
 KNOWN = json.loads(Path(__file__).with_name("records.json").read_text())
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from prose import held
 
 from salvit_core import METHODS, preset
@@ -19,7 +20,10 @@ from salvit_core.experiments import (
     store,
 )
 from salvit_core.experiments.runs import DriftRun, EvaluationRun, PrivateRun, QuantizationRun, run_of
+from salvit_core.models.operations import NewtonInverse, PseudoInverse
+from salvit_core.models.vit import build
 from salvit_core.private import LINKS
+from salvit_core.private.estimation import estimate
 
 ROOT = Path(__file__).parents[2]
 SIZE = profiles.profile("reference")
@@ -69,44 +73,53 @@ def test_01_concludes_what_is_on_record():
     noise = right.index[right["largest_logit_error"] > 1e9]
     close = right.index[right["close"]]
     assert list(right.index) == list(METHODS) and not right["faithful"].any() and (right["gelus"] > 0).all()
-    assert len(noise) == 9 and set(noise) | set(close) == set(METHODS)
+    assert len(noise) == 9 and set(METHODS) - set(noise) - set(close) == {"SA 2ReLU"}
+    assert latency.CLOSE < right.loc["SA 2ReLU", "largest_logit_error"] < latency.NOISE
     worst = right.loc[close, "largest_logit_error"].max()
     held(
         "01",
         "none of the 13 methods is faithful",
         "Nine give **noise**",
         f"within {worst:.3f}: {', '.join(close[:-1])} and {close[-1]}",
+        f"SA 2ReLU is off by {right.loc['SA 2ReLU', 'largest_logit_error']:.3f}",
     )
     told = latency.said_of_stock(latency.operations(stock), right)
-    assert "0 of 13 methods" in told and "Of 9 of them" in told and f"of 4 they are within {latency.CLOSE}" in told
+    assert "0 of 13 methods" in told and "Of 9 of them" in told and f"of 3 they are within {latency.CLOSE}" in told
+    assert "(SA scaling, EA 2ReLU, EA scaling); SA 2ReLU is further off" in told
     assert "0 of 13 methods are faithful with `stock` (9 give noise)" in latency.said_of_tuned(variants())
     ratio = latency.ratios(latency.totals(latency.operations(stock)))
     ours, paper = ratio["without_layernorm"].map("{:.2f}".format), ratio["paper"].map("{:.2f}".format)
-    quads = ["SA 2Quad", "SA 2ReLU"]
-    assert (abs(ratio.loc[quads, "without_layernorm"] / ratio.loc[quads, "paper"] - 1) < 0.1).all()
+    alike = ["SA 2ReLU", "SAL-ViT B=3"]
+    assert (abs(ratio.loc[alike, "without_layernorm"] / ratio.loc[alike, "paper"] - 1) < 0.1).all()
     held(
         "01",
-        f"({ours[quads[0]]} and {ours[quads[1]]} for its {paper[quads[0]]} and {paper[quads[1]]})",
-        f"({ours['SA scaling']} for {paper['SA scaling']})",
+        f"({ours[alike[0]]} for its {paper[alike[0]]}, {ours[alike[1]]} for {paper[alike[1]]} at B = 3)",
+        f"({ours['SA 2Quad']} for {paper['SA 2Quad']}, {ours['SA scaling']} for {paper['SA scaling']})",
         f"{ours['EA softmax']} for {paper['EA softmax']} with softmax",
-        f"{ours['SAL-ViT B=3']} for {paper['SAL-ViT B=3']} at B = 3",
+        f"{ours['EA 2Quad']} for {paper['EA 2Quad']} with 2Quad",
     )
+    table = latency.totals(latency.operations(stock)).rename(index=str)
+    others = [name for name in table.index if name.startswith("SA ") and name != "SA softmax"]
+    assert (table["seconds"][others] < table["seconds"]["EA softmax"]).all()
+    budgets = table.loc[[f"SAL-ViT B={b}" for b in (3, 2, 1)]]
+    assert budgets["seconds"].max() - budgets["seconds"].min() < (budgets["high"] - budgets["low"]).max()
 
 
 def test_01_concludes_of_tuned_what_is_on_record():
-    table, both = side(), latency.totals(latency.operations(variants()))
+    table = side()
     assert table["faithful", "tuned"].all()
     times = table["seconds", "stock / tuned"]
-    assert times.between(7, 9).all()
-    budgets = [f"SAL-ViT B={b}" for b in (3, 2, 1)]
-    seconds = table["seconds", "tuned"][budgets]
-    spread = both.loc["tuned"].rename(index=str).loc[budgets]
-    assert seconds.max() - seconds.min() < (spread["high"] - spread["low"]).max()
+    assert times.between(10, 16.5).all()
+    seconds = table["seconds", "tuned"][[f"SAL-ViT B={b}" for b in (3, 2, 1)]]
+    pairs = [(f"EA {name}", f"SA {name}") for name in ("softmax", "2Quad", "2ReLU", "L2Q", "scaling")]
+    assert all(table["seconds", "tuned"][one] < table["seconds", "tuned"][other] for one, other in pairs)
     assert table["seconds", "tuned"].idxmin() == "EA scaling"
     accuracy = latency.paper(3).query("dataset == 'cifar10'").set_index("method")["accuracy_percent"]
     held(
         "01",
-        "take {:.1f}, {:.1f} and {:.1f} s".format(*seconds),
+        f"what the budget buys is {seconds.max() - seconds.min():.2f} s",
+        "take {:.2f}, {:.2f} and {:.2f} s".format(*seconds),
+        f"where softmax attention takes {table['seconds', 'tuned']['SA softmax']:.1f} s",
         f"hardly learns: {accuracy['EA scaling']:.2f} % in the paper",
     )
 
@@ -125,10 +138,10 @@ def test_01_solution():
             "01",
             f"{seconds[least]:.1f} + {rounds[least]} x 0.04 = {far[least]:.1f} s with `{protocol}`",
             f"{with_one.idxmin()} with `{protocol}` ({with_one.min():.1f} s)",
-            {"stock": f"{most} rounds more", "tuned": f"{most} rounds and {less:.1f} s"}[protocol],
+            {"stock": f"{most} rounds more", "tuned": f"{most} rounds and {less:.2f} s"}[protocol],
             f"at {1000 * less / most:.1f} ms",
         )
-    held("01", "takes 4.8 s less", "35 and 47 ms")
+    held("01", "takes 0.39 s less", "2.9 and 9.1 ms")
 
 
 def test_05_concludes_what_is_on_record():
@@ -242,22 +255,45 @@ def test_06_concludes_of_resolution_what_is_on_record():
     said = efficient.said_of_growth(growth)
     for name, clear, shares in (
         ("CosFormer", 256, 64),
-        ("EA softmax", 64, 256),
-        ("Linformer", 256, 256),
-        ("Performer", 784, 256),
+        ("EA softmax", 64, 64),
+        ("Linformer", 64, 64),
+        ("Performer", 256, 256),
     ):
         told = f"**{name}** is faster than SA softmax from {clear} tokens in the clear, from {shares} tokens on shares"
         assert told in said
-    for name in ("Nystromformer", "Dilated hybrid", "SOFT"):
+    for name in ("Nystromformer", "Hamburger", "SOFT"):
         assert f"**{name}** is faster than SA softmax from 784 tokens in the clear." in said
-    assert "**Hamburger** is faster than SA softmax from 3136 tokens in the clear." in said
+    assert "**Dilated hybrid** is faster than SA softmax from 256 tokens in the clear." in said
+    paid = growth[growth["tokens"] == 64].set_index("series")["private_s"]
+    assert (abs(paid[["EA softmax", "Linformer"]] / paid["SA softmax"] - 1) < 0.05).all()  # by a hair
     assert growth.dropna(subset=["private_s"])["tokens"].max() == 784
     assert "SOFT at 64, 256, 784, 3136" in said
-    held("06", "CosFormer is faster than softmax attention from 64 tokens on, external", "256, 64, 256 and 784 tokens")
+    held("06", "Linformer are faster than softmax attention from 64 tokens on", "256, 64, 64 and 256 tokens")
     layers, networks = efficient.table_2_runs(SIZE)
     found = [execute.recorded(each.values(), "reference") for each in (layers, networks)]
     soft = efficient.table_2(layers, found[0], networks, found[1]).loc["SOFT"]
-    held("06", f"8 of its {soft['tuned mb']:.0f} MB")
+    steps = [steps_of("SOFT", NewtonInverse, 20), steps_of("Nystromformer", PseudoInverse, 6)]
+    held(
+        "06",
+        f"take {steps[0][0]} of its rounds with `tuned`, four each",
+        f"and {steps[0][1]:.0f} of its {soft['tuned mb']:.0f} MB",
+        f"6 steps take {steps[1][0]}.",
+    )
+    held("results.md", f"take {steps[0][0]} of its {soft['tuned rounds']:.0f} rounds")
+
+
+def steps_of(row, kind, steps):
+    """What an attention's iterations take with `tuned` at the paper's shape: rounds and MB one way."""
+    config, found = preset(FULL, row), []
+    for count in (steps, 1):
+        with torch.device("meta"):
+            attention = build(config).blocks[0].attention.eval()
+        for part in attention.modules():
+            if isinstance(part, kind):
+                part.iterations = count
+        found.append(estimate(execute._Alone(attention), (1, 1, config.tokens, config.width)))
+    more = found[0].rounds - found[1].rounds, found[0].bytes - found[1].bytes
+    return more[0] * steps // (steps - 1), more[1] * steps / (steps - 1) / 1e6
 
 
 def test_06_says_what_its_maps_lack(monkeypatch):
@@ -278,35 +314,62 @@ def test_09_concludes_of_table_4_what_is_on_record():
     assert (table["tuned_queries"] == 3).all()
     seconds = links_and_dealers.by_kind_beside(latency.operations(both), "seconds").loc["SAL-ViT B=3, tuned"]
     part = {kind: f"{value:.0%}".replace("%", " %") for kind, value in (seconds / seconds.sum()).items()}
-    total = latency.totals(latency.operations(both)).loc["stock"].rename(index=str).loc["SAL-ViT B=3"]
-    old, spread = benchmark("private_avx2", "SAL-ViT B=3 | stock")[0].split(" ", 1)
-    assert total["low"] < float(spread[1:-1].split(" to ")[1])  # the ranges overlap
-    low, high = (f"{float(each):.1f}" for each in spread[1:-1].split(" to "))
+    old = float(benchmark("private_avx2", "SAL-ViT B=3 | stock")[0].split()[0])
     times = table["stock_over_tuned"]
     held(
         "09",
-        f"{soft['tuned_s']:.1f} s for softmax attention and {hybrid['tuned_s']:.1f} s for SAL-ViT",
+        f"{soft['tuned_s']:.1f} s for softmax attention and {hybrid['tuned_s']:.2f} s for SAL-ViT",
         f"takes {soft['stock_s']:.1f} s and {hybrid['stock_s']:.1f} s, and is right in none",
         f"{times.min():.1f} to {times.max():.1f} times stock's",
         f"{1 / hybrid['paper_ratio']:.2f} in the paper, is {1 / hybrid['stock_ratio']:.2f} with `stock` and "
         f"{1 / hybrid['tuned_ratio']:.2f} with `tuned`",
-        f"({part['offline']}), a fifth GELU ({part['activation']}), LayerNorm {part['LayerNorm']}, the normaliser no "
-        f"more than {part['normaliser']}",
-        f"Stock's {total['seconds']:.1f} s ({total['low']:.1f} to {total['high']:.1f}) were {float(old):.1f} s "
-        f"({low} to {high})",
-        f"takes {hybrid['tuned_rounds_today']} rounds where these records have {hybrid['tuned_rounds']}",
+        f"({part['offline']}), a fifth GELU ({part['activation']}), the normaliser {part['normaliser']}, LayerNorm "
+        f"{part['LayerNorm']}",
+        f"took {old:.1f} s for SAL-ViT, {old / hybrid['stock_s']:.1f} times as long",
     )
+    assert (table["tuned_rounds"] == table["tuned_rounds_today"]).all()
+    close = abs(table["tuned_ratio"] / table["paper_ratio"] - 1) <= 0.1
+    held("09", f"({table['tuned_ratio']['SA 2Quad']:.2f} for the paper's {table['paper_ratio']['SA 2Quad']:.2f})")
+    assert list(table.index[close]) == ["SA softmax", "EA softmax", "SAL-ViT B=3", "SAL-ViT B=2", "SAL-ViT B=1"]
+
+
+def test_results_tell_what_is_on_record():
+    """What the page says in words beside its tables."""
+    found = {protocol: published.variants()[f"{protocol} ratio"] for protocol in ("stock", "tuned")}
+    hybrid = (each["SAL-ViT B=3"] for each in found.values())
+    pair = (each["EA 2Quad"] / each["SA 2Quad"] for each in found.values())
+    layer = published.table_2()
+    slow = layer.loc["Hamburger"]
+    fast = {name: f"{value:.2f}" for name, value in layer["tuned ratio"].items()}
+    free, paid = efficient.resolution_runs(SIZE)
+    grown, bought = (execute.recorded(each.values(), "reference") for each in (free, paid))
+    growth = efficient.growth(free, grown, paid, bought)
+    at = growth[growth["tokens"] == 784].set_index("series")["private_s"]
+    stock, tuned = (
+        {
+            name: float(benchmark(name, f"SAL-ViT B=3 | {protocol}")[0].split()[0])
+            for name in ("private", "private_xeon")
+        }
+        for protocol in ("stock", "tuned")
+    )
+    soft = [benchmark("private", f"SA softmax | {variant}") for variant in ("tuned", "tuned, dealt ahead")]
+    what_if = [float(benchmark("private", f"stock{more}")[0]) for more in ("", ", a reciprocal that holds")]
+    assert round(at["SA softmax"] / at["Performer"]) == 19  # "a nineteenth"
     held(
         "results.md",
-        f"took {total['seconds']:.1f} s here ({total['low']:.1f} to {total['high']:.1f}) and {float(old):.1f} s in the",
+        "({:.2f} and {:.2f} at B = 3; paper 0.50)".format(*hybrid),
+        f"{next(pair):.2f} of the time of self-attention with `stock`",
+        f"and {next(pair):.2f} with `tuned`",
+        f"{slow['stock ratio']:.1f} and {slow['tuned ratio']:.1f} times the cost of softmax attention",
+        f"CosFormer takes {fast['CosFormer']} of softmax attention's time with `tuned`, Performer with ReLU "
+        f"{fast['Performer ReLU']}, SOFT {fast['SOFT']}, Performer {fast['Performer']}, "
+        f"Nystromformer {fast['Nystromformer']}",
+        f"stock takes {stock['private_xeon'] / stock['private']:.1f} times and tuned "
+        f"{tuned['private_xeon'] / tuned['private']:.1f} times as long",
+        f"takes {float(soft[1][0].split()[0]):.1f} s where its time online is "
+        f"{float(soft[0][0].split()[0]) - float(soft[0][1]):.1f}",
+        f"in {what_if[1]:.1f} s for {what_if[0]:.1f}",
     )
-    assert hybrid["tuned_rounds_today"] / hybrid["tuned_rounds"] == pytest.approx(0.7, abs=0.05)
-    held("results.md", "three tenths fewer rounds in SAL-ViT")
-    fast = [float(benchmark("private", f"SAL-ViT B=3 | {each}")[0].split()[0]) for each in ("stock", "tuned")]
-    assert total["seconds"] / fast[0] == pytest.approx(3, abs=0.3)
-    assert hybrid["tuned_s"] / fast[1] == pytest.approx(3, abs=0.3)
-    close = abs(table["tuned_ratio"] / table["paper_ratio"] - 1) <= 0.1
-    assert list(table.index[close]) == ["SA softmax", "SA 2Quad"]
 
 
 def test_09_counts_of_today_are_the_estimate_s():
@@ -315,10 +378,10 @@ def test_09_counts_of_today_are_the_estimate_s():
         counted = latency.estimated({name: preset(FULL, name)})
         assert row["tuned_rounds_today"] == counted["rounds"].sum()
         assert row["tuned_mb_today"] == pytest.approx(counted["bytes"].sum() / 1e6)
-    same = table.assign(tuned_rounds=table["tuned_rounds_today"])
+    older = table.assign(tuned_rounds=table["tuned_rounds_today"] + 98)
     seconds = pd.DataFrame({"MLP": [1.0]}, index=["SAL-ViT B=3, tuned"])
-    assert "older `tuned`" in links_and_dealers.said_of_table_4(table, seconds)
-    assert "older `tuned`" not in links_and_dealers.said_of_table_4(same, seconds)
+    assert "older `tuned`" in links_and_dealers.said_of_table_4(older, seconds)
+    assert "older `tuned`" not in links_and_dealers.said_of_table_4(table, seconds)
 
 
 def test_09_concludes_of_links_what_is_on_record():
@@ -331,7 +394,7 @@ def test_09_concludes_of_links_what_is_on_record():
     assert list(tuned[far].nlargest(2).index) == ["SA softmax", "EA softmax"]
     held(
         "09",
-        f"takes {near.min():.1f} to {near.max():.1f} s with `tuned` where loopback has {best['loopback']:.1f}",
+        f"takes {near.min():.2f} to {near.max():.2f} s with `tuned` where loopback has {best['loopback']:.2f}",
         f"{best['WAN (Cheetah)']:.1f} s at a round trip of 40 ms, {best[far]:.1f} s at 80",
         f"({tables['stock'][far].min():.1f} and {tuned[far].min():.1f} s)",
         f"({tuned.loc['SA softmax', far]:.1f} s, external {tuned.loc['EA softmax', far]:.1f})",
@@ -340,10 +403,10 @@ def test_09_concludes_of_links_what_is_on_record():
     runs = links_and_dealers.emulations(SIZE)
     check = links_and_dealers.model_against_emulation(runs, execute.recorded(runs.values(), "reference"))
     off = check.loc[check["counted"], "difference (%)"]
-    assert len(off) == 4
+    assert len(off) == 5
     below = f"{-off.max():.0f} to {-off.min():.0f} % below"
-    held("09", f"**The model is {below} the emulation** on the four links")
-    held("results.md", f"is {below} a real emulation on four links")
+    held("09", f"**The model is {below} the emulation** on the five links")
+    held("results.md", f"is {below} a real emulation on five links")
     dealt = [PrivateRun(preset(FULL, "SAL-ViT B=3"), provider=provider) for provider in ("TFP", "TTP")]
     spent = links_and_dealers.dealers(execute.recorded(dealt, "reference"))
     ttp = spent.loc["TTP"]
@@ -373,16 +436,17 @@ def test_09_concludes_of_growth_what_is_on_record():
     )
     batch = growth["batch"].pivot(index="images in a query", columns="series", values="seconds")
     saved = batch.loc[8] / batch.loc[1]
-    assert saved.map("{:.2f}".format).nunique() == 1
+    alone, far = (saved[name] for name in ("loopback", "WAN (Cheetah), modelled"))
     one, each = (float(part.split()[0]) for part in benchmark("private", ALONE_OR_TOGETHER)[-1].split(" / "))
     loopback = float(benchmark("private", "batch of 8 on loopback, of a single one's seconds")[-1])
     held(
         "09",
-        f"each takes {saved.iloc[0]:.2f} of the time of one alone in this small network",
+        f"each takes {far:.2f} of the time of one alone in this small network (1 layer of width 64) on a WAN",
+        f"where it is all rounds, and {alone:.2f} on loopback",
         f"each of 8 takes {loopback:.2f} of one alone on loopback",
         f"{each} s for {one} s, {each / one:.2f}, on an emulated WAN",
     )
-    held("results.md", f"each of 8 images takes {saved.iloc[0]:.2f} of one alone, on a WAN too")
+    held("results.md", f"each of 8 images takes {far:.2f} of one alone on a WAN")
     held("results.md", f"a single query takes {one} s, one of 8 images {each} s for each")
 
 
@@ -409,7 +473,7 @@ def test_09_concludes_of_activations_what_is_on_record():
         f"Quad saves {100 * quad['rounds_per_layer']:.0f} % of GELU's rounds and {100 * quad['ms_per_layer']:.0f} % of "
         f"its seconds, {100 * less['quad']:.0f} % of the whole network's",
         f"LearnedQuad {100 * learned['ms_per_layer']:.0f} % and {100 * less['learned_quad']:.0f} %",
-        f"save {gone['rounds']} of {today.loc['gelu', 'rounds']} rounds and {gone['bytes'] / 1e6:.1f} of "
+        f"saves {gone['rounds']} of {today.loc['gelu', 'rounds']} rounds and {gone['bytes'] / 1e6:.1f} of "
         f"{today.loc['gelu', 'bytes'] / 1e6:.1f} MB",
     )
     known = {name: {"metrics": {"test_accuracy": value}} for name, value in (("gelu", 60.0), ("quad", 58.5))}
