@@ -33,6 +33,8 @@ NAMES = {
 }
 # What they are beside on shares, rows of the tables.
 BESIDE = ("SA softmax", "SA L2Q", "EA softmax", "ReLU linear")
+# The same in the teacher's attention's place, as a mechanism and its normaliser: trained as the others are.
+ALIKE = {"SA L2Q": ("standard", "l2q"), "EA softmax": ("external", None), "ReLU linear": ("relu_linear", None)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sizes(Checked):
     """How big the study is in one profile.
 
     Attributes:
-        mechanisms: what replaces attention, keys of `NAMES`.
+        mechanisms: what replaces attention, keys of `NAMES` or `ALIKE`.
         seeds: of teachers and replacements.
         teacher: epochs of the teacher.
         stages: epochs of the replacements, of the blocks, of the head.
@@ -60,9 +62,9 @@ SIZES = {
     "smoke": Sizes(("multi_lstm",), 1, 2, (1, 1, 1), (0.5,), (1, 1)),
     "quick": Sizes(("standard", "multi_lstm", "grid_lstm", "parallel_scan"), 1, 6, (3, 1, 1), (0.5,), (1, 1)),
     # CIFAR-10, 15,000 images, two cores.
-    "reference": Sizes(tuple(NAMES), 3, 20, (6, 4, 1), (0.25, 0.5, 0.75), (3, 3)),
-    "short": Sizes(tuple(NAMES), 1, 30, (15, 10, 3), (0.25, 0.5, 0.75), (5, 5)),
-    "paper": Sizes(tuple(NAMES), 3, 600, (200, 100, 30), (0.25, 0.5, 0.75), (100, 100)),
+    "reference": Sizes((*NAMES, *ALIKE), 3, 20, (6, 4, 1), (0.25, 0.5, 0.75), (3, 3)),
+    "short": Sizes((*NAMES, *ALIKE), 1, 30, (15, 10, 3), (0.25, 0.5, 0.75), (5, 5)),
+    "paper": Sizes((*NAMES, *ALIKE), 3, 600, (200, 100, 30), (0.25, 0.5, 0.75), (100, 100)),
 }
 RATES = {"attention": 1.0, "blocks": 0.25, "head": 0.25}  # of each stage, in the profile's learning rate
 
@@ -82,7 +84,8 @@ def distillation(size: Profile, by: str, seed: int = 0, **changes) -> Distillati
         name: dataclasses.replace(recipe, epochs=count, lr=rate * recipe.lr) if count else None
         for (name, rate), count in zip(RATES.items(), epochs, strict=True)
     }
-    return Distillation(by, seed=seed, **{**stages, **changes})
+    mechanism, normalizer = ALIKE.get(by, (by, None))
+    return Distillation(mechanism, seed=seed, normalizer=normalizer, **{**stages, **changes})
 
 
 def plan(size: Profile, data: str, seed: int = 0) -> Plan:
@@ -111,13 +114,13 @@ def accuracies(made: Plan, found: Mapping[ReplacementRun, dict]) -> pd.DataFrame
         after_blocks (%), parameters, seconds.
     """
     rows: list[dict] = []
-    names = ["teacher", *NAMES.values()]
+    names = ["teacher", *NAMES.values(), *ALIKE]
     for (by, share, seed), run in made.items():
         if share or run not in found:
             continue
         facts = found[run]["metrics"]
         after = {f"after_{name}": stage["test_accuracy"] for name, stage in facts["stages"].items() if name != "head"}
-        row = {"dataset": run.data, "variant": NAMES[by], "seed": seed, "accuracy": facts["test_accuracy"]}
+        row = {"dataset": run.data, "variant": NAMES.get(by, by), "seed": seed, "accuracy": facts["test_accuracy"]}
         row |= {"kept": facts["test_accuracy"] - facts["teacher_accuracy"], **after}
         row |= {"parameters": facts["parameters"], "seconds": facts["seconds"]}
         taught = {**row, "variant": "teacher", "accuracy": facts["teacher_accuracy"], "kept": 0.0, "seconds": np.nan}
@@ -226,7 +229,7 @@ def networks(size: Profile, data: str) -> dict[str, TransformerConfig]:
     """
     small = profile_of(size)
     made = {row: small.config(data, row) for row in (BESIDE[:2] if size.name == "smoke" else BESIDE)}
-    by = [name for name in SIZES[size.name].mechanisms if name not in ("standard", "lstm")]
+    by = [name for name in SIZES[size.name].mechanisms if name in NAMES and name not in ("standard", "lstm")]
     return made | {NAMES[name]: replaced_config(made["SA softmax"], name) for name in by}
 
 

@@ -185,7 +185,7 @@ class ReplacementRun(Checked):
     def network(self) -> TransformerConfig:
         """The architecture with its replacements, none of whose hidden units is pruned."""
         run, config = self.distillation, self.teacher.network
-        return replaced_config(config, run.by, run.layers, run.drop_path)  # type: ignore[arg-type]  # no other is taken
+        return replaced_config(config, run.by, run.layers, run.drop_path, run.normalizer)  # type: ignore[arg-type]  # no other is taken
 
     def unpruned(self) -> "ReplacementRun":
         """What is to be pruned."""
@@ -195,10 +195,11 @@ class ReplacementRun(Checked):
         """Data set, teacher, replacement, loss, epochs, what is pruned, seed."""
         run, taught = self.distillation, "-".join(dict.fromkeys(map(str, self.teacher.network.attention)))  # type: ignore[union-attr]
         epochs = " ".join(str(recipe.epochs) for recipe in run.stages().values())
+        normalizer = f" {run.normalizer}" if run.normalizer else ""
         pruned = ""
         if self.pruning:
             pruned = f" pruned {self.pruning.share:g} {self.pruning.regulariser.replace('_', ' ')}"
-        return f"{self.data} {taught} by {run.by} {run.loss} {epochs} epochs{pruned} seed {self.seed}"
+        return f"{self.data} {taught} by {run.by}{normalizer} {run.loss} {epochs} epochs{pruned} seed {self.seed}"
 
 
 @dataclass(frozen=True)

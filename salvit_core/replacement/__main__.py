@@ -23,6 +23,7 @@ from ..fields import Among, Checked, Count, CountOrNone, Positive, Seed, Share, 
 from ..models.attention import ATTENTION
 from ..models.cct import CCT
 from ..models.config import TransformerConfig, preset
+from ..models.normalizers import NORMALIZERS
 from ..models.vit import ViT, build, load_deit
 from ..options import parsed
 from ..training.checkpoint import load_weights, loaded, result_of
@@ -68,6 +69,9 @@ class Train(Common):
     """File with the weights of --base-model under timm's names, such as deit_tiny_patch16_224-a1311bcf.pth."""
     rep_by: str = "multi-lstm"
     """What stands in attention's place: multi-lstm, lstm, mixer, grid-lstm, parallel-scan, or any mechanism."""
+    normalizer: Annotated[str, Among(*NORMALIZERS)] | None = None
+    """What stands in softmax's place in it, where it has a normaliser, such as l2q with --rep-by standard. Default: the
+    teacher's."""
     layers: CountOrNone = 0
     """How many of the last layers are replaced; 0: all."""
     loss: Annotated[str, Among(*LOSSES)] = "combine"
@@ -229,7 +233,7 @@ def train(command: Train) -> Path:
     blocks = dataclasses.replace(base, epochs=command.block_ft_epochs, **second) if command.block_ft_epochs else None
     head = dataclasses.replace(base, epochs=command.head_epochs, lr=command.head_lr) if command.head_epochs else None
     stages = (None if command.skip_train_attn else attention, blocks, head)
-    run = Distillation(by, command.loss, *stages, command.layers, command.drop_path, command.seed)
+    run = Distillation(by, command.loss, *stages, command.layers, command.drop_path, command.seed, command.normalizer)
     if command.run is not None:
         teacher, said = restored(command.run)
         name = command.run.resolve().name

@@ -18,6 +18,7 @@ from ..fields import Among, Checked, CountOrNone, Seed, Share
 from ..models.attention import ATTENTION
 from ..models.cct import CCT
 from ..models.config import TransformerConfig
+from ..models.normalizers import NORMALIZERS
 from ..models.vit import ViT, build
 from ..training.checkpoint import digest, not_finite
 from ..training.distillation import projected
@@ -51,6 +52,7 @@ class Distillation(Checked):
         layers: how many of the last layers are replaced (0: all).
         drop_path: largest share of residual branches that stochastic depth drops.
         seed: of the replacements' initial weights and of the three stages.
+        normalizer: of the mechanism, where it has one; None: the teacher's.
 
     Raises:
         ValueError: a value of another type, unknown or out of range, or no stage at all.
@@ -64,9 +66,14 @@ class Distillation(Checked):
     layers: CountOrNone = 0
     drop_path: Share = 0.1
     seed: Seed = 0
+    normalizer: Annotated[str, Among(*NORMALIZERS)] | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.normalizer and self.layers:
+            raise ValueError(
+                f"normalizer is {self.normalizer!r} with layers {self.layers}: a network has one, leave layers at 0"
+            )
         if not (self.attention or self.blocks or self.head):
             raise ValueError("attention, blocks and head are all None: leave at least one stage to train")
         combined = {"cross_entropy": 1.0, "distill_blocks": 1.0, "distill_attention": 0.0}
@@ -85,7 +92,9 @@ class Distillation(Checked):
         return {name: recipe for name, recipe in named.items() if recipe}
 
 
-def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.1) -> nn.Module:
+def replaced(
+    teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.1, normalizer: str | None = None
+) -> nn.Module:
     """A copy of a trained network with another mechanism in attention's place; its other weights are the teacher's.
 
     Where both end with a linear map of M features to M, the replacement begins with the teacher's: it reads what the
@@ -96,6 +105,7 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
         by: the mechanism's name.
         layers: how many of the last layers are replaced (0: all).
         drop_path: stochastic depth of the copy.
+        normalizer: of all layers; None: the teacher's.
 
     Raises:
         ValueError: a network of another kind, more layers than it has, or one of which a pruned layer would stay.
@@ -105,7 +115,7 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
             f"the teacher is a {type(teacher).__name__}, whose blocks have no names here: give a CCT or a ViT, "
             "or load DeiT's weights by name"
         )
-    model = build(replaced_config(teacher.config, by, layers, drop_path))
+    model = build(replaced_config(teacher.config, by, layers, drop_path, normalizer))
     inherited, ours = _inherited(model, teacher), model.state_dict()
     if other := next((name for name, tensor in inherited.items() if tensor.shape != ours[name].shape), None):
         raise ValueError(
@@ -116,7 +126,9 @@ def replaced(teacher: nn.Module, by: str, layers: int = 0, drop_path: float = 0.
     return model.to(next(teacher.parameters()).device)
 
 
-def replaced_config(config: TransformerConfig, by: str, layers: int = 0, drop_path: float = 0.1) -> TransformerConfig:
+def replaced_config(
+    config: TransformerConfig, by: str, layers: int = 0, drop_path: float = 0.1, normalizer: str | None = None
+) -> TransformerConfig:
     """The configuration of a network whose attention is replaced; arguments as in `replaced`.
 
     Raises:
@@ -128,7 +140,7 @@ def replaced_config(config: TransformerConfig, by: str, layers: int = 0, drop_pa
     names = (*config.attention[: config.layers - count], *[by] * count)
     if names == config.attention:
         raise ValueError(f"the teacher's attention is {by!r} already: nothing is replaced, name another mechanism")
-    return replace(config, attention=names, stochastic_depth=drop_path)
+    return replace(config, attention=names, stochastic_depth=drop_path, normalizer=normalizer or config.normalizer)
 
 
 def distil(run: Distillation, teacher: nn.Module, data: Data, folder: str | Path | None = None) -> dict:
@@ -154,7 +166,7 @@ def distil(run: Distillation, teacher: nn.Module, data: Data, folder: str | Path
     if name := not_finite(teacher):
         raise ValueError(f"weight {name} of the teacher is not finite: train it again, or name another file")
     torch.manual_seed(run.seed)
-    model = replaced(teacher.to(data.train.images.device), run.by, run.layers, run.drop_path)
+    model = replaced(teacher.to(data.train.images.device), run.by, run.layers, run.drop_path, run.normalizer)
     stages = {}
     for name, recipe in run.stages().items():
         frozen = others(model, trained(model, teacher, name, run.loss))

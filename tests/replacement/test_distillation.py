@@ -57,6 +57,13 @@ def test_all_but_the_attention_is_the_teachers(backbone):
     assert torch.equal(one.blocks[0].attention.qkv.weight, teacher.blocks[0].attention.qkv.weight)
 
 
+def test_a_replacement_may_have_another_normalizer():
+    model = replaced(network(), "standard", normalizer="l2q")
+    assert (model.config.normalizer, model.config.attention) == ("l2q", ("standard", "standard"))
+    assert {name.split(".")[-1] for name in state(model) if "normalizer" in name} == {"c", "d"}
+    assert replaced(network(), "standard").config.normalizer == "softmax"
+
+
 def test_replaced_by_the_same_function_it_computes_the_same():
     """ "standard" is self-attention with three matrices: with the teacher's in them nothing may have changed."""
     teacher = network("vit_2", qkv_bias=True, norm_eps=1e-6).eval()
@@ -230,6 +237,7 @@ def test_the_published_recipe_is_the_default():
         (lambda t: Distillation("sand"), "'sand' is unknown: choose from"),
         (lambda t: Distillation("linformer", "l2"), "'l2' is unknown: choose from combine, similarity"),
         (lambda t: Distillation("linformer", attention=None, blocks=None, head=None), "at least one stage"),
+        (lambda t: Distillation("standard", layers=1, normalizer="l2q"), "leave layers at 0"),
         (lambda t: replaced(t, "self"), "attention is 'self' already"),
         (lambda t: replaced(t, "external", layers=3), "layers is 3: the teacher has 2"),
         (lambda t: replaced(pruned(), "external", layers=1), "is of another size, since it is pruned"),
