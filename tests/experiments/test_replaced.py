@@ -228,8 +228,8 @@ def test_notebook_08_concludes_what_was_trained(monkeypatch):
         f"(CIFAR-10, 15,000 images, 3 seeds, points from the teacher's {short.loc['teacher', 'accuracy']:.1f} %): "
         + ", ".join(f"{WORDS.get(name, name)} {value:+.1f}" for name, value in kept.items()),
         f"differ by {spread.min():.1f} to {spread.max():.1f} (standard deviation)",
-        f"ends {fresh['accuracy'] - scan['accuracy']:.1f} points below softmax attention that was drawn anew, and takes "
-        "{:.2f} of its seconds on shares at one image, {:.2f} at 32".format(*times.loc["parallel scan"]),
+        f"ends {fresh['accuracy'] - scan['accuracy']:.1f} points below softmax attention that was drawn anew, "
+        "and takes {:.2f} of its seconds on shares at one image, {:.2f} at 32".format(*times.loc["parallel scan"]),
         f"loses {fresh['accuracy'] - fars['accuracy']:.1f} points against it and takes "
         "{:.1f} and {:.1f} times as long".format(*times.loc["multi-head BiLSTM"]),
         "takes {:.2f} and {:.2f} of softmax attention's seconds".format(*times.loc["ReLU linear"]),
