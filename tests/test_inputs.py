@@ -380,11 +380,12 @@ PARTY = (
 )
 OPTIONS = {
     "train": "preset method data protocol image device root epochs batch lr optimizer weight-decay warmup augment clip "
-    "label-smoothing distill-logits temperature keep seed nonsense",
-    "search": "preset method data image device granularity budget rule weight search-epochs epochs lr seed nonsense",
+    "label-smoothing distill-logits temperature keep sgd seed nonsense",
+    "search": "preset method data image device granularity budget rule weight gate search-epochs epochs lr seed "
+    "nonsense",
     "replace train": "run base-model weights data root device seed rep-by layers loss epochs batch-size lr "
     "weight-decay warmup-epochs block-ft-epochs block-ft-lr block-ft-batch-size head-epochs head-lr reprob drop-path "
-    "augment skip-train-attn out nonsense",
+    "normalizer augment skip-train-attn out nonsense",
     "replace prune": "run data root device out seed regulariser coefficient threshold share epochs batch-size lr "
     "finetune-epochs augment reprob nonsense",
     "replace downstream": "run data root device out seed epochs batch-size lr augment reprob drop-path head-only "
