@@ -57,7 +57,8 @@ class Phases(Checked):
         super().__post_init__()
         object.__setattr__(self, "network", replace(self.network, attention="self"))
         object.__setattr__(self, "first", replace(self.first, seed=self.seed, keep="last"))
-        object.__setattr__(self, "finetune", replace(self.finetune, seed=self.seed))
+        kept = tuple(name for name in self.finetune.sgd if name != "alpha")  # what is extracted has none
+        object.__setattr__(self, "finetune", replace(self.finetune, seed=self.seed, sgd=kept))
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,8 @@ def test_a_gate_keeps_alpha_between_0_and_1(few_digits, tmp_path, granularity):
 def test_alpha_may_go_down_by_plain_gradient_descent(few_digits):
     """Of a strong term alone: by the sum of the rates times lambda, where Adam's steps do not ask how strong it is."""
     first = dataclasses.replace(RECIPE, epochs=1, sgd=("alpha",))
-    run = sas.Search(preset("cct_2_3x1", normalizer="l2q"), first, RECIPE, budget=1, weight=1.0)
+    run = sas.Search(preset("cct_2_3x1", normalizer="l2q"), first, first, budget=1, weight=1.0)
+    assert run.first.sgd == ("alpha",) and run.finetune.sgd == ()  # one recipe may serve both phases
     steps = -(-len(few_digits.train.labels) // first.batch)
     moved = torch.tensor(sas.search(run, few_digits)["alphas"]) - 0.1
     torch.testing.assert_close(moved, torch.full((2,), -steps * first.lr), rtol=0.5, atol=0)
