@@ -136,6 +136,7 @@ class SearchRun(Checked):
             rule += "" if search.weight == Search.weight else f" lambda {search.weight:g}"
             rule += " folded" if search.folded else ""
             rule += "" if search.gate == "free" else f" {search.gate}"
+            rule += "" if search.cheap == "external" else f" {search.cheap}"
             rule += "".join(f" sgd {name}" for name in search.first.sgd)
         epochs = f"{search.first.epochs} and {search.finetune.epochs} epochs"
         taught = " distilled" if self.teacher else ""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 from ..fields import Among, Checked, Range, Share, Size, shown, whole
 from .activations import ACTIVATIONS
 from .attention import ATTENTION, SIZED
+from .attention.headwise import HEADS
 from .normalizers import GRANULARITIES, NORMALIZERS
 from .rows import ROWS
 
@@ -19,8 +20,8 @@ class TransformerConfig(Checked):
     """What the configurations of all backbones share.
 
     `attention` is one name for all layers or one entry per layer; it is kept as one entry per layer. An entry that is
-    itself a sequence names "self" or "external" for each head (SAS-H). The `l2q_` fields matter only where `normalizer`
-    is "l2q". A backbone's own configuration says how many `tokens` there are.
+    itself a sequence names "self", "external" or "scaling" for each head (SAS-H). The `l2q_` fields matter only where
+    `normalizer` is "l2q". A backbone's own configuration says how many `tokens` there are.
 
     Raises:
         ValueError: a value of another type or out of range, a name that is not known, or sizes that do not fit
@@ -57,9 +58,9 @@ class TransformerConfig(Checked):
         object.__setattr__(self, "attention", names)
         for name in names:
             if isinstance(name, tuple):
-                if len(name) != self.heads or not all(head in ("self", "external") for head in name):
+                if len(name) != self.heads or not all(isinstance(head, str) and head in HEADS for head in name):
                     raise ValueError(
-                        f"attention {shown(name)} must name self or external for each of {self.heads} heads"
+                        f"attention {shown(name)} must name {' or '.join(HEADS)} for each of {self.heads} heads"
                     )
             elif not isinstance(name, str) or name not in ATTENTION:
                 raise ValueError(f"attention {shown(name)} is unknown: choose from {', '.join(ATTENTION)}")
@@ -80,7 +81,7 @@ class TransformerConfig(Checked):
         fields = set()
         if self.normalizer != "l2q":
             fields |= {field.name for field in dataclasses.fields(self) if field.name.startswith("l2q_")}
-        if not any(name in SIZED or isinstance(name, tuple) for name in self.attention):
+        if not any(name in SIZED or (isinstance(name, tuple) and "external" in name) for name in self.attention):
             fields |= {"memory"}
         return fields
 

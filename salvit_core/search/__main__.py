@@ -57,6 +57,9 @@ class Command(Checked):
     """Self-attention keeps the scale that it had in the mixture when it is extracted; not the paper's."""
     gate: Annotated[str, Among(*sas.GATES)] = "free"
     """What bounds alpha: nothing ("free", the paper's), or a logistic function of what is learnt ("sigmoid")."""
+    cheap: Annotated[str, Among(*sas.CHEAP)] = "external"
+    """What the others get: "external" attention, the paper's, or "scaling" attention (MPCViT, with --method "SA 2ReLU"
+    and --granularity head)."""
     released: bool = False
     """Search as the published code does where it parts from the paper."""
     search_epochs: Count = 600
@@ -85,10 +88,10 @@ def run(command: Command) -> Path:
     first = dataclasses.replace(recipe, epochs=command.search_epochs)
     kind = ReleasedSearch if command.released else Search
     asked = command.budget, command.granularity, command.rule, command.weight, command.folded, command.gate
-    search = kind(config, first, recipe, recipe.seed, *asked)
+    search = kind(config, first, recipe, recipe.seed, *asked, command.cheap)
     name = f"{command.preset}-{command.method}-{data.name}-{'released-' * command.released}{command.granularity}"
     name += f"-{command.budget}-{command.rule}{'-folded' * command.folded}"
-    name += f"{'-sigmoid' * (command.gate == 'sigmoid')}-{recipe.seed}"
+    name += f"{'-sigmoid' * (command.gate == 'sigmoid')}{'-scaling' * (command.cheap == 'scaling')}-{recipe.seed}"
     out = command.out or workspace.ROOT / "data" / "runs" / "searches" / name.replace(" ", "-")
     for file in ("nas.pt", "weights.pt", "result.json"):
         workspace.try_out(out / file)

@@ -66,13 +66,14 @@ class ChoiceCCT(MixedCCT):
     """
 
     def __init__(self, config: CCTConfig, choices: tuple[str, ...]):
-        self.choices = _checked_choices(choices)
+        choices = _checked_choices(choices)
 
         def mixture(config: CCTConfig, layer: int) -> ChoiceAttention:
-            every = {name: replace(config, attention=name) for name in self.choices}
+            every = {name: replace(config, attention=name) for name in choices}
             return ChoiceAttention({name: attention_of(one, layer) for name, one in every.items()})
 
         super().__init__(config, attention=mixture)
+        self.choices = choices
 
     def ones(self, names: str | tuple[str, ...]) -> torch.Tensor:
         """The alphas of a layer whose mixture is to compute `names`."""

@@ -19,17 +19,16 @@ from torch.nn.utils import parametrize
 
 from ..datasets import Data, batches
 from ..fields import Among, Checked, CountOrNone, Seed, Weight, shown, whole
-from ..models.attention.external import ExternalAttention
-from ..models.attention.headwise import ExternalHeads, SelfHeads
+from ..models.attention import ATTENTION
+from ..models.attention.headwise import HEADS
 from ..models.attention.mixed import MixedAttention
-from ..models.attention.self_attention import SelfAttention
 from ..models.cct import CCT
 from ..models.config import CCTConfig
 from ..training.checkpoint import digest
 from ..training.loop import fit, progress, train
 from ..training.recipe import Recipe
 
-PAIR = ("self", "external")  # the paper's two choices
+CHEAP = ("external", "scaling")  # what the layers, or heads, without self-attention get: the paper's, and MPCViT's
 GRANULARITIES = ("layer", "head")
 GATES = ("free", "sigmoid")
 RULES = ("top", "bottom", "random")
@@ -76,6 +75,7 @@ class Search(Phases):
     weight: Weight = 0.1  # lambda of Eq. 5
     folded: bool = False  # as in `extract`
     gate: Annotated[str, Among(*GATES)] = "free"  # as in `MixedCCT`
+    cheap: Annotated[str, Among(*CHEAP)] = "external"  # what the other layers, or heads, get
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,7 +86,7 @@ class Search(Phases):
         if not isinstance(self.rule, str):
             object.__setattr__(self, "rule", tuple(tuple(e) if isinstance(e, list) else e for e in self.rule))
         shape = (self.network.layers, self.network.heads)[: 1 if self.granularity == "layer" else 2]
-        select(torch.zeros(shape), self.budget, self.rule, self.seed)  # an impossible one is refused now
+        select(torch.zeros(shape), self.budget, self.rule, self.seed, self.cheap)  # an impossible one is refused now
 
 
 def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, folder: str | Path | None = None) -> dict:
@@ -111,10 +111,10 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
         FloatingPointError: as `fit`.
     """
     torch.manual_seed(run.seed)
-    net = MixedCCT(run.network, run.granularity, gate=run.gate)
+    net = MixedCCT(run.network, run.granularity, gate=run.gate, cheap=run.cheap)
     history = first_phase(net, run, data, Penalty(net, run.weight), teacher, folder)
     judged = scores(net, data, run.first.batch)
-    chosen = select(net.alphas(), run.budget, run.rule, run.seed)
+    chosen = select(net.alphas(), run.budget, run.rule, run.seed, run.cheap)
     model = extract(net, chosen, run.folded)
     tuned = second_phase(model, net, chosen, run, data, teacher, folder)
     return {**found(net, chosen, history, tuned, model), "scores": judged}
@@ -132,12 +132,11 @@ class MixedCCT(CCT):
         initial: value that every alpha starts from; the paper has 0.1.
         gate: "free", alpha is learnt itself and has no bounds (Eq. 3), or "sigmoid", alpha is the logistic function of
             what is learnt, as a softmax of two learnt numbers would be of their difference.
+        cheap: what is mixed with self-attention, "external" or "scaling".
 
     Raises:
-        ValueError: unknown granularity or gate, or a ViT's configuration.
+        ValueError: unknown granularity, gate or cheap attention, or a ViT's configuration.
     """
-
-    choices: tuple[str, ...] = PAIR
 
     def __init__(
         self,
@@ -146,21 +145,24 @@ class MixedCCT(CCT):
         initial: float = 0.1,
         attention: Callable[[CCTConfig, int], torch.nn.Module] | None = None,
         gate: str = "free",
+        cheap: str = "external",
     ):
         _known_granularity(granularity)
         if gate not in GATES:
             raise ValueError(f"gate {shown(gate)} is unknown: choose from {', '.join(GATES)}")
+        if cheap not in CHEAP:
+            raise ValueError(f"cheap {shown(cheap)} is unknown: choose from {', '.join(CHEAP)}")
         if not isinstance(config, CCTConfig):
             raise ValueError(f"the search is over a CCT's attention: {type(config).__name__} is of another network")
 
         def mixture(config: CCTConfig, layer: int) -> torch.nn.Module:
             if granularity == "head":
-                heads = SelfHeads(config, config.heads), ExternalHeads(config, config.heads)
-                return MixedAttention(*heads, config.heads, initial)
-            return MixedAttention(SelfAttention(config), ExternalAttention(config), None, initial)
+                heads = (HEADS[name](config, config.heads) for name in ("self", cheap))
+                return MixedAttention(*heads, config.heads, initial, cheap)
+            return MixedAttention(ATTENTION["self"](config), ATTENTION[cheap](config), None, initial, cheap)
 
         super().__init__(config, attention or mixture)
-        self.granularity, self.gate = granularity, gate
+        self.granularity, self.gate, self.choices = granularity, gate, ("self", cheap)
         if gate == "sigmoid":
             for block in self.blocks:
                 parametrize.register_parametrization(block.attention, "alpha", Sigmoid())
@@ -217,7 +219,8 @@ class Penalty:
 
     def __repr__(self) -> str:
         gate = "" if self.net.gate == "free" else f", gate={self.net.gate!r}"
-        return f"{type(self).__name__}(weight={self.weight}{gate})"
+        cheap = f", cheap={self.net.choices[1]!r}" if self.net.choices[1:] == ("scaling",) else ""
+        return f"{type(self).__name__}(weight={self.weight}{gate}{cheap})"
 
 
 # From alphas to an architecture
@@ -285,6 +288,7 @@ def select(
     budget: int,
     rule: str | Sequence[int] | Sequence[tuple[int, int]] = "top",
     seed: int = 0,
+    cheap: str = "external",
 ) -> Architecture:
     """Give self-attention to `budget` layers, or heads, and external attention to the others (Algorithm 1, line 7).
 
@@ -294,6 +298,7 @@ def select(
         rule: "top", the largest alpha; "bottom", the smallest (the paper's SAS-L-WC); "random", drawn without
             replacement; or a list of B layers (from 0), or of B pairs (layer, head). Of equal alphas the earliest.
         seed: of the random rule.
+        cheap: what the others get in external attention's place.
 
     Returns:
         what `CCTConfig.attention` takes: a name per layer, or a tuple of names, one per head, for each layer.
@@ -324,7 +329,7 @@ def select(
         given = {tuple(place) if isinstance(place, list | tuple) else (place,) for place in rule}
         if len(rule) != budget or len(given) != budget or given - set(places):
             raise ValueError(f"rule {shown(list(rule))} does not name {budget} different {unit} out of {len(places)}")
-    names = ["self" if place in given else "external" for place in places]
+    names = ["self" if place in given else cheap for place in places]
     if alphas.dim() == 1:
         return tuple(names)
     heads = alphas.shape[1]

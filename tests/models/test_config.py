@@ -48,7 +48,7 @@ def test_a_field_that_no_network_can_have_is_named(field, value, said):
     "changes, said",
     [
         (dict(attention=(None, "self")), "attention None is unknown: choose from"),
-        (dict(attention=[["self", None], "self"]), "must name self or external for each of 2 heads"),
+        (dict(attention=[["self", None], "self"]), "must name self or external or scaling for each of 2 heads"),
         (dict(l2q_granularity="x"), "l2q_granularity 'x' is unknown: choose from global, head, element"),
         (dict(mlp_ratio=0.01), "mlp_ratio is 0.01: of width 32 it leaves the MLP nothing"),
         (dict(layers=10**12, attention=1), "layers is 1000000000000: give at most 1024"),

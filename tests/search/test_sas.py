@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from salvit_core import CCT, CCTConfig, datasets, preset
-from salvit_core.models.attention.headwise import ExternalHeads, SelfHeads
+from salvit_core import CCT, CCTConfig, datasets, preset, private
+from salvit_core.models.attention import ATTENTION
+from salvit_core.models.attention.headwise import ExternalHeads, ScalingHeads, SelfHeads
 from salvit_core.models.graph import trace
 from salvit_core.search import sas
 from salvit_core.search.released import ReleasedPenalty, ReleasedSearch
@@ -17,9 +18,9 @@ RECIPE = Recipe(epochs=2, batch=128, lr=4e-3, augment="none")
 GRANULARITIES = ("layer", "head")
 
 
-def supernet(granularity="layer", seed=0, normalizer="l2q", **changes):
+def supernet(granularity="layer", seed=0, normalizer="l2q", cheap="external", **changes):
     torch.manual_seed(seed)
-    return sas.mixed(preset("cct_2_3x1", normalizer=normalizer, **changes), granularity)
+    return sas.MixedCCT(preset("cct_2_3x1", normalizer=normalizer, **changes), granularity, cheap=cheap)
 
 
 def stirred(net):
@@ -55,11 +56,12 @@ def test_parameters_of_what_is_extracted(budget, parameters):
     assert count(sas.extract(net, sas.select(net.alphas(), budget, "random"))) == parameters
 
 
+@pytest.mark.parametrize("cheap", sas.CHEAP)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_mixed_layer_computes_equation_3(granularity):
-    layer = stirred(supernet(granularity)).blocks[0].attention
+def test_a_mixed_layer_computes_equation_3(granularity, cheap):
+    layer = stirred(supernet(granularity, cheap=cheap)).blocks[0].attention
     x = torch.randn(3, 16, 32)
-    one, other = layer.self_attention(x), layer.external_attention(x)
+    one, other = layer.self_attention(x), getattr(layer, f"{cheap}_attention")(x)
     if granularity == "head":
         heads = [layer.alpha[h] * one[:, h] + (1 - layer.alpha[h]) * other[:, h] for h in range(2)]
         wanted = torch.cat(heads, -1)
@@ -68,14 +70,13 @@ def test_a_mixed_layer_computes_equation_3(granularity):
     torch.testing.assert_close(layer(x), wanted)
 
 
-@pytest.mark.parametrize("kind", [SelfHeads, ExternalHeads])
+@pytest.mark.parametrize("kind", [SelfHeads, ExternalHeads, ScalingHeads])
 def test_heads_do_not_mix(kind):
     """A head of a branch depends on nothing of another head but the shared projections and memories."""
-    layer = stirred(supernet("head")).blocks[0].attention
-    branch = layer.self_attention if kind is SelfHeads else layer.external_attention
+    branch = stirred(kind(preset("cct_2_3x1", normalizer="l2q"), 2))
     x = torch.randn(2, 16, 32)
     before = branch(x)
-    weight = branch.qkv.weight if kind is SelfHeads else branch.query.weight
+    weight = branch.query.weight if kind is ExternalHeads else branch.qkv.weight
     with torch.no_grad():
         weight.unflatten(0, (-1, 2, 16))[:, 1] += 1.0  # head 1's queries (, keys and values)
     after = branch(x)
@@ -93,6 +94,28 @@ def test_external_heads_are_external_attention():
     torch.testing.assert_close(plain(images), model(images))
 
 
+def test_scaling_heads_are_scaling_attention():
+    """With an output projection that mixes no heads, the same for each."""
+    heads, layer = ScalingHeads(config := preset("cct_2_3x1"), 2), ATTENTION["scaling"](config)
+    with torch.no_grad():
+        layer.qkv.weight.copy_(heads.qkv.weight)
+        layer.projection.weight.copy_(torch.block_diag(*[heads.projection.weight] * 2))
+        layer.projection.bias.copy_(heads.projection.bias.repeat(2))
+    x = torch.randn(3, 16, 32)
+    torch.testing.assert_close(heads(x).transpose(1, 2).flatten(2), layer(x))
+
+
+def test_relu_softmax_beside_scaling_runs_on_shares():
+    """MPCViT's attention: each head has one of the two, and the answer is the clear network's."""
+    torch.manual_seed(0)
+    heads = (("self", "scaling"), ("scaling", "scaling"))
+    model = CCT(preset("cct_2_3x1", normalizer="2relu", attention=heads)).eval()
+    with torch.no_grad():  # of random weights as they are, scores are too small for a division in fixed point
+        model.blocks[0].attention.self_attention.qkv.weight.mul_(8)
+    found = private.infer(model, torch.randn(1, 1, 8, 8), "tuned")
+    assert found.faithful and not found.violations
+
+
 # Extraction
 
 VARIANTS = [
@@ -102,6 +125,7 @@ VARIANTS = [
     {"normalizer": "scaling"},
     *({"normalizer": "l2q", "l2q_granularity": kind} for kind in ("element", "head", "global")),
     {"normalizer": "l2q", "l2q_learn_c": False},
+    {"normalizer": "2relu", "cheap": "scaling"},
 ]
 
 
@@ -112,7 +136,7 @@ def test_extraction_computes_what_the_frozen_mixture_computes(granularity, chang
     images = torch.randn(5, 1, 8, 8)
     total = net.alphas().numel()
     for budget in (0, 1, total // 2, total):
-        chosen = sas.select(net.alphas(), budget, "random", seed=budget)
+        chosen = sas.select(net.alphas(), budget, "random", seed=budget, cheap=net.choices[1])
         model = sas.extract(net, chosen)
         sas.freeze(net, chosen)
         assert net.alphas().sum() == budget
@@ -201,7 +225,7 @@ def test_architectures_of_another_shape_are_refused(granularity, chosen):
 def test_unknown_granularity_is_refused():
     with pytest.raises(ValueError, match="granularity 'token' is unknown: choose from layer, head"):
         sas.mixed(preset("cct_2_3x1"), "token")
-    with pytest.raises(ValueError, match="must name self or external for each of 2 heads"):
+    with pytest.raises(ValueError, match="must name self or external or scaling for each of 2 heads"):
         preset("cct_2_3x1", attention=(("self",), "self"))
 
 

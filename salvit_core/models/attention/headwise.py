@@ -84,12 +84,43 @@ class ExternalHeads(nn.Module):
         return self.projection(self.values(weights)) + query  # (B, h, N, D)
 
 
+class ScalingHeads(nn.Module):
+    """Scaling attention in `heads` heads of size D, kept apart: Q (K^T V) / N per head, then W_o, shared.
+
+    What MPCViT gives to the heads that can do without ReLU softmax (Zeng et al., 2023).
+
+    Args:
+        config: the architecture; the size D of a head is that of its heads.
+        heads: number h of heads in this branch.
+    """
+
+    kind = "scores"
+
+    def __init__(self, config: "TransformerConfig", heads: int):
+        super().__init__()
+        self.heads, self.head, self.tokens = heads, config.width // config.heads, config.tokens
+        self.qkv = of_kind("projection", nn.Linear(config.width, 3 * heads * self.head, bias=config.qkv_bias))
+        self.scores = of_kind("scores", MatMul())
+        self.values = of_kind("values", MatMul())
+        self.projection = of_kind("projection", nn.Linear(self.head, self.head))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, M) -> heads (B, h, N, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head))  # (B, N, 3, h, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, h, N, D)
+        context = self.scores(key.transpose(-2, -1), value) * self.tokens**-0.5  # (B, h, D, D)
+        return self.projection(self.values(query * self.tokens**-0.5, context))
+
+
+HEADS: dict[str, type[nn.Module]] = {"self": SelfHeads, "external": ExternalHeads, "scaling": ScalingHeads}
+
+
 class HeadwiseAttention(nn.Module):
-    """Self-attention in some heads, external attention in the others: holds and runs only what each head needs.
+    """One attention in some heads, another in the others: holds and runs only what each head needs.
 
     Args:
         config: the architecture.
-        names: one name per head, "self" or "external"; H names.
+        names: one name per head, of `HEADS`; H names.
     """
 
     kind = "scores"
@@ -97,15 +128,12 @@ class HeadwiseAttention(nn.Module):
     def __init__(self, config: "TransformerConfig", names: tuple[str, ...]):
         super().__init__()
         self.names = names
-        if count := names.count("self"):
-            self.self_attention = SelfHeads(config, count)
-        if count := names.count("external"):
-            self.external_attention = ExternalHeads(config, count)
+        self.kinds = [name for name in HEADS if name in names]
+        for name in self.kinds:
+            self.add_module(f"{name}_attention", HEADS[name](config, names.count(name)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
-        branches = {"self": self.self_attention(x)} if "self" in self.names else {}
-        if "external" in self.names:
-            branches["external"] = self.external_attention(x)  # (B, h, N, D)
+        branches = {name: getattr(self, f"{name}_attention")(x) for name in self.kinds}  # (B, h, N, D) each
         place = [self.names[:head].count(name) for head, name in enumerate(self.names)]
         return torch.cat([branches[name][:, i] for name, i in zip(self.names, place, strict=True)], -1)  # (B, N, M)

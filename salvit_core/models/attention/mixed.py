@@ -5,16 +5,17 @@ from torch import nn
 
 
 class MixedAttention(nn.Module):
-    """alpha SA(x) + (1 - alpha) EA(x), alpha unconstrained (Section 3.3, Eq. 3).
+    """alpha SA(x) + (1 - alpha) EA(x), alpha unconstrained (Section 3.3, Eq. 3); or a cheap one that is not EA.
 
     With heads None one alpha mixes whole branches that map tokens to tokens (SAS-L); otherwise each of the H heads has
     its own alpha, the branches give heads apart, and the mixed heads are concatenated (SAS-H).
 
     Args:
         self_attention: (B, N, M) -> (B, N, M), or -> (B, H, N, D) where each head has its alpha.
-        external_attention: the same for external attention.
+        cheap_attention: the same for what the others get.
         heads: number of heads H that have an alpha each, or None.
         initial: value that alpha starts from; the paper has 0.1.
+        cheap: the name of the cheap attention, of which its parameters have theirs.
     """
 
     kind = "scores"
@@ -22,18 +23,21 @@ class MixedAttention(nn.Module):
     def __init__(
         self,
         self_attention: nn.Module,
-        external_attention: nn.Module,
+        cheap_attention: nn.Module,
         heads: int | None = None,
         initial: float = 0.1,
+        cheap: str = "external",
     ):
         super().__init__()
+        self.names = ("self", cheap)
         self.self_attention = self_attention
-        self.external_attention = external_attention
+        self.add_module(f"{cheap}_attention", cheap_attention)
         self.alpha = nn.Parameter(torch.full(() if heads is None else (heads, 1, 1), initial))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, M) -> tokens (B, N, M)."""
-        mixed = self.alpha * self.self_attention(x) + (1 - self.alpha) * self.external_attention(x)
+        costly, cheap = (getattr(self, f"{name}_attention")(x) for name in self.names)
+        mixed = self.alpha * costly + (1 - self.alpha) * cheap
         return mixed if mixed.dim() == 3 else mixed.transpose(1, 2).flatten(2)  # heads are concatenated
 
 
