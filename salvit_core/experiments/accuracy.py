@@ -1,8 +1,10 @@
 """Accuracy of trained networks, as tables: the ablations of L2Q, searches and their rivals, ours beside the paper's."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,7 +15,7 @@ from ..models.config import CCTConfig, TransformerConfig, config_of, preset
 from ..models.rows import ROWS
 from ..private.links import LINKS, Link
 from ..search.priced import PricedSearch
-from . import latency
+from . import execute, latency
 from .profiles import Profile
 from .runs import PrivateRun, SearchRun, TrainRun
 
@@ -193,6 +195,32 @@ def results(plans: Mapping[str, Plan], found: Mapping[Training, dict]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def over_seeds(
+    table: pd.DataFrame, size: Profile, seed: int = 0, source: str = "local", seeds: int = 3
+) -> pd.DataFrame:
+    """`results` with n seeds, accuracy their mean, accuracy_low and accuracy_high: of those that are on record.
+
+    Nothing is trained for it: `make evidence` trains the others.
+
+    Args:
+        table: `results`.
+        size: the profile that it is of.
+        seed: the seed that it is of.
+        source: as in `execute.recorded`.
+        seeds: how many to look for, from 0.
+    """
+    values = {(line["dataset"], line["method"]): [line["accuracy"]] for _, line in table.iterrows()}
+    for data, other in itertools.product(table["dataset"].unique(), set(range(seeds)) - {seed}):
+        every = plan(size, data, other)
+        found = execute.recorded(every.values(), source)
+        for name, run in every.items():
+            if run in found and (data, name) in values:
+                values[data, name].append(found[run]["metrics"]["test_accuracy"])
+    columns: dict[str, Callable[[list[float]], float]]
+    columns = {"n": len, "accuracy": statistics.fmean, "accuracy_low": min, "accuracy_high": max}
+    return table.assign(**{column: [made(each) for each in values.values()] for column, made in columns.items()})
+
+
 def architectures(table: pd.DataFrame, data: str) -> dict[str, list[int]]:
     """What each search by layers gave self-attention: method to layers, from 1."""
     searches = table[(table["dataset"] == data) & table["method"].str.match("(SAS-L B|no L1|released)")]
@@ -243,27 +271,58 @@ def measured_as(config: CCTConfig) -> CCTConfig:
     return dataclasses.replace(config, attention=tuple(sorted(config.attention, reverse=True, key=str)))
 
 
-def private_runs(table: pd.DataFrame, queries: int, seed: int = 0) -> list[PrivateRun]:
-    """Private inferences of each distinct architecture that figures draw; heads of their own are left out."""
+def counterpart(config: TransformerConfig, network: str) -> Any:
+    """A preset with the attention of another network: its normaliser, and as many layers of self-attention.
+
+    Args:
+        config: of layers alike, or of self-attention in some and one other attention in the rest.
+        network: the preset.
+    """
+    others = [name for name in config.attention if name != "self"]
+    attention, layers = "self", preset(network).layers
+    if others:
+        count = len(config.attention) - len(others)
+        attention = ("self",) * count + (others[0],) * (layers - count)
+    same = {field: getattr(config, field) for field in dataclasses.asdict(config) if field.startswith("l2q_")}
+    return preset(network, normalizer=config.normalizer, attention=attention, **same)
+
+
+def private_runs(table: pd.DataFrame, queries: int, seed: int = 0, network: str | None = None) -> list[PrivateRun]:
+    """Private inferences of each distinct architecture that figures draw; heads of their own are left out.
+
+    With a preset's name these are of its counterparts (`counterpart`): what is trained small is run at full size.
+    """
     shown = table.loc[~table["method"].str.startswith("SAS-H"), "config"]
     return [
         PrivateRun(config, protocol, query=query, seed=seed)
         for query in range(queries)
         for protocol in ("stock", "tuned")
-        for config in dict.fromkeys(map(measured_as, shown))
+        for config in dict.fromkeys(map(_stand(network), shown))
     ]
+
+
+def _stand(network: str | None) -> Callable[[Any], Any]:
+    """What is run in a trained network's place."""
+    return measured_as if network is None else functools.partial(counterpart, network=network)
 
 
 COSTS = ("seconds", "rounds", "bytes")
 
 
-def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.DataFrame:
+def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict], network: str | None = None) -> pd.DataFrame:
     """`results` with the least cost of the queries with stock (seconds, rounds, bytes) and tuned (tuned_seconds, ...).
 
     The least, because these networks are small: what else the machine does adds more to a query than the networks
     differ by, and only ever adds. seconds_low, seconds_high and the like are the range over the queries. Columns of a
     protocol of which nothing is on record are left out; tuned_faithful is 1 where all answers were right.
+
+    With a preset's name the same of the counterparts, in columns that begin with large_; of these the median, as
+    elsewhere.
     """
+    size, typical = ("", min) if network is None else ("large_", _median)
+    stand = _stand(network)
+    # What has heads of their own is not drawn and was not run.
+    keys = [stand(c) if all(isinstance(each, str) for each in c.attention) else None for c in table["config"]]
     timed: dict[tuple[str, object], list[dict]] = {}
     for run, record in found.items():
         facts = latency.costs(record) | {"faithful": float(record["metrics"]["faithful"])}
@@ -273,18 +332,26 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict]) -> pd.Data
         if not any(each == protocol for each, _ in timed):
             continue
         for name in names:
-            values = [[one[name] for one in timed.get((protocol, measured_as(c)), [])] for c in table["config"]]
-            table[f"{prefix}{name}"] = [min(each, default=None) for each in values]
+            values = [[one[name] for one in timed.get((protocol, key), [])] for key in keys]
+            table[f"{size}{prefix}{name}"] = [typical(each, default=None) for each in values]
             if name == "seconds":
-                table[f"{prefix}seconds_low"] = [min(each, default=None) for each in values]
-                table[f"{prefix}seconds_high"] = [max(each, default=None) for each in values]
+                table[f"{size}{prefix}seconds_low"] = [min(each, default=None) for each in values]
+                table[f"{size}{prefix}seconds_high"] = [max(each, default=None) for each in values]
+            if name == "faithful":
+                table[f"{size}{prefix}faithful"] = [min(each, default=None) for each in values]
     return table
+
+
+def _median(values: list[float], default: None) -> float | None:
+    return statistics.median(values) if values else default
 
 
 def table_4(table: pd.DataFrame) -> pd.DataFrame:
     """`with_costs` to be read: by data set and method, megabytes for bytes, of the costs that are on record."""
     every = [*COSTS, *(f"tuned_{name}" for name in (*COSTS, "faithful"))]
-    shown = table[["dataset", "method", "accuracy", *(name for name in every if name in table), "parameters", "flops"]]
+    seeds = [name for name in ("n", "accuracy_low", "accuracy_high") if name in table]
+    shown = table[["dataset", "method", *seeds[:1], "accuracy", *seeds[1:], *(name for name in every if name in table)]]
+    shown = shown.join(table[["parameters", "flops"]])
     shown = shown.assign(**{name: shown[name] / 1e6 for name in ("bytes", "tuned_bytes", "flops") if name in shown})
     names = {"bytes": "mb", "tuned_bytes": "tuned_mb", "tuned_faithful": "tuned_right", "flops": "mflops"}
     return shown.rename(columns=names).set_index(["dataset", "method"])
@@ -308,9 +375,15 @@ def _at(part: pd.DataFrame, seconds: str) -> pd.DataFrame:
     return part.assign(**ends)
 
 
+def seconds_of(table: pd.DataFrame, protocol: str) -> str:
+    """The column of a protocol's seconds that figures draw and conclusions read: the counterparts', if there is one."""
+    own = {"stock": "seconds", "tuned": "tuned_seconds"}[protocol]
+    return f"large_{own}" if f"large_{own}" in table else own
+
+
 def panels(table: pd.DataFrame, data: str) -> dict[str, pd.DataFrame]:
-    """Ours on one data set by protocol, of those that were run."""
-    columns = {f"ours, {data}, stock": "seconds", f"ours, {data}, tuned": "tuned_seconds"}
+    """Ours on one data set by protocol, of those that were run; their counterparts' latency where it is known."""
+    columns = {f"ours, {data}, stock": seconds_of(table, "stock"), f"ours, {data}, tuned": seconds_of(table, "tuned")}
     made = {title: panel(table, data, column) for title, column in columns.items() if column in table}
     return {title: each for title, each in made.items() if len(each)}
 
@@ -355,8 +428,8 @@ def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[st
     six = {
         f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds)
         for data in sets
-        for protocol, seconds in (("stock", "seconds"), ("tuned", "tuned_seconds"))
-        if seconds in table
+        for protocol in ("stock", "tuned")
+        if (seconds := seconds_of(table, protocol)) in table
     }
     if six := {title: each for title, each in six.items() if len(each)}:
         made["figure_6_normalizers"] = six
@@ -400,8 +473,8 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
     if {"SA softmax", "EA L2Q"} <= set(mine.index):
         lines.append(f"- **What SA is worth**: SA softmax {mine['SA softmax']:.2f} %, EA L2Q {mine['EA L2Q']:.2f} %.")
     drawn = part[~part.index.str.startswith("SAS-H") & ~part.index.str.contains(r"\(KD\)")]
-    for column, protocol in (("seconds", "stock"), ("tuned_seconds", "tuned")):
-        if column not in part:
+    for protocol in ("stock", "tuned"):
+        if (column := seconds_of(part, protocol)) not in part:
             continue
         line = drawn.dropna(subset=[column])
         order = line.loc[best(line, column)].sort_values(column)
@@ -413,14 +486,18 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
             lines.append(f"  SAL-ViT at B = {b} takes {ratio:.2f} of SA softmax's latency, for {gap:+.2f} points.")
     if "tuned_faithful" in part:
         wrong = table.loc[table["tuned_faithful"].lt(1), "method"].tolist()
+        least = f"the least of {queries}: small differences are the machine's"
+        if "large_tuned_seconds" in part:
+            least = f"the figures', of full-size networks with the same attention, medians of {queries}"
         lines.append(
             "- **Right answers**: with `tuned` "
             + (f"all but {', '.join(wrong)}" if wrong else "all")
-            + " stay in the protocols' range and give the clear network's logits. Latencies are the least of "
-            f"{queries}: small differences are the machine's."
+            + f" stay in the protocols' range and give the clear network's logits. Latencies are {least}."
         )
+    seeds = part.get("n", pd.Series(1, part.index))
+    told = "One seed" if seeds.max() == 1 else f"{seeds.min()} to {seeds.max()} seeds"
     lines.append(
-        "- One seed each. Where notebook 02 ran several, its spread is what seeds alone do at this scale: "
+        f"- {told} each. Where there are several (notebook 02 too), their spread is what seeds alone do at this scale: "
         "differences within it are no evidence for or against the search."
     )
     return "\n".join(lines)

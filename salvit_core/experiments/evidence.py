@@ -21,7 +21,7 @@ from ..models.config import TransformerConfig
 from ..search.sas import select
 from . import execute, replaced, store
 from .profiles import Profile, profile
-from .runs import Run, SearchRun, TrainRun
+from .runs import Run, SearchRun, Training, TrainRun
 
 # How good is what a search picks? All assignments of SA and EA to the layers, each trained from scratch.
 TRUTH = dict(images=15_000, epochs=12)
@@ -193,6 +193,62 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
     return table.join(at).sort_values("regret")
 
 
+def extractions(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> dict[tuple[str, str, int], Training]:
+    """What becomes of a mixture by how it is extracted, with two normalisers; by normaliser, way and seed.
+
+    One layer of self-attention, two, two that stay as loud as they were in the mixture (folded), and two in a network
+    that never was a mixture. The searches of a normaliser and seed share their first phase, with `searches` too.
+    """
+    cut = replace(size, images=TRUTH["images"], search_epochs=SEARCHED["search_epochs"])
+    made: dict[tuple[str, str, int], Training] = {}
+    for seed, (label, normalizer) in itertools.product(range(seeds), (("L2Q", "l2q"), ("2ReLU", "2relu"))):
+        config = cut.config(data, normalizer=normalizer)
+        made[label, "B = 1", seed] = cut.search(data, config, 1, seed)
+        made[label, "B = 2", seed] = cut.search(data, config, 2, seed)
+        made[label, "B = 2, folded", seed] = cut.search(data, config, 2, seed, folded=True)
+        given = ("self",) * 2 + ("external",) * (config.layers - 2)
+        made[label, "B = 2, from scratch", seed] = cut.training(data, replace(config, attention=given), seed=seed)
+    return made
+
+
+def extracted(profile_name: str = "reference", data: str = "cifar10") -> pd.DataFrame:
+    """`extractions` on record.
+
+    Returns:
+        Indexed by normaliser and way: n (seeds), means over them of validation accuracies (%), of the mixture and of
+        what was extracted after its first and its last epoch, the test accuracy with its range, and the largest and the
+        second largest |alpha|.
+    """
+    rows = []
+    for (label, way, seed), run in extractions(profile(profile_name), data).items():
+        for record in execute.recorded([run], "reference").values():
+            metrics, history = record["metrics"], record["history"]
+            loud = sorted(map(abs, metrics.get("alphas", [])), reverse=True)[:2] or [float("nan")] * 2
+            mixture = metrics["nas"][-1]["validation_accuracy"] if "nas" in metrics else float("nan")
+            first, last = (history[place]["validation_accuracy"] for place in (0, -1))
+            rows.append((label, way, seed, mixture, first, last, metrics["test_accuracy"], *loud))
+    names = ["mixture", "first epoch", "last epoch", "test", "largest alpha", "second alpha"]
+    table = pd.DataFrame(rows, columns=["normaliser", "extraction", "seed", *names])
+    groups = table.groupby(["normaliser", "extraction"], sort=False)
+    found = groups[names].mean()
+    found.insert(0, "n", groups.size())
+    found.insert(5, "low", groups["test"].min())
+    found.insert(6, "high", groups["test"].max())
+    return found
+
+
+def regrets(found: pd.DataFrame) -> pd.DataFrame:
+    """The mean regret (points) of each search by each score, of a random choice and of the worst, for a figure.
+
+    Args:
+        found: `verdicts`.
+    """
+    table = found["regret"].unstack("score").reindex(index=list(SEARCHES), columns=list(SCORES)).dropna(how="all")
+    others = found.groupby("search")[["random", "worst"]].mean()
+    others = others.rename(columns={"random": "a random choice", "worst": "the worst"})
+    return table.rename(columns="by {}".format).join(others)
+
+
 def by_budget(table: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """What the searches with L2Q chose beside the best, the mean and the worst assignment of each budget, for a figure.
 
@@ -288,6 +344,8 @@ def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[
         yield f"SAS-L B={middle}, no L1", size.search(data, config, middle, seed, weight=0.0)
         yield f"SAS-L B={middle}, folded", size.search(data, config, middle, seed, folded=True)
         yield f"SAS-L B={middle}, released", size.search(data, config, middle, seed, released=True)
+        relu, heads = size.config(data, normalizer="2relu"), middle * config.heads
+        yield "MPCViT", size.search(data, relu, heads, seed, granularity="head", cheap="scaling")
         teacher = size.training(data, size.config(data, "SA softmax"), seed=seed)
         for part in ("logits", "features"):
             weight = {f"distill_{part}": 1.0}
@@ -317,7 +375,7 @@ def campaign(name: str = "reference") -> list[Run]:
     every: list[Run] = [*(first(size) if name == "short" else ())]
     for run in replaced.plan(size, "digits" if name == "smoke" else "cifar10").values():
         every += [run.teacher, run]
-    every += [*truth(size), *searches(size).values(), *(run for _, run in named(size))]
+    every += [*truth(size), *searches(size).values(), *extractions(size).values(), *(run for _, run in named(size))]
     main = [
         dict(normalizer="softmax"),
         dict(normalizer="2quad"),

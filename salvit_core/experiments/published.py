@@ -3,6 +3,7 @@
 From the project's own records and nothing else: what is not on record stays empty.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import pandas as pd
@@ -19,13 +20,12 @@ def spread(runs: Iterable[tuple[str, Run]]) -> pd.DataFrame:
     """Test accuracy over the seeds that are on record, of runs with names.
 
     Returns:
-        Indexed by name: n, mean, low and high (%), and the machines.
+        Indexed by name: n, mean, low and high (%), and what they were trained on, and in which precision.
     """
     rows = []
     for name, run in runs:
         for record in execute.recorded([run], "reference").values():
-            machine = record["machine"]
-            rows.append((name, record["metrics"]["test_accuracy"], machine.get("accelerator", machine["processor"])))
+            rows.append((name, record["metrics"]["test_accuracy"], _trained_on(record)))
     table = pd.DataFrame(rows, columns=["method", "accuracy", "machine"])
     groups = table.groupby("method", sort=False)
     found = groups["accuracy"].agg(n="count", mean="mean", low="min", high="max")
@@ -33,18 +33,30 @@ def spread(runs: Iterable[tuple[str, Run]]) -> pd.DataFrame:
     return found
 
 
+def _trained_on(record: dict) -> str:
+    """Processor or accelerator, and the precision of products; older records say nothing of it and used bfloat16."""
+    machine = record["machine"]
+    words = machine.get("accelerator", machine["processor"]).replace("(R)", "").replace(" Processor", "")
+    return f"{words}, {'bf16' if record['metrics'].get('bf16', True) else 'fp32'}"
+
+
 def accuracies(data: str = "cifar10") -> pd.DataFrame:
     """The campaign's trainings on one data set beside the paper's accuracies.
 
     Returns:
-        Indexed by method: paper (%), then of each of `SIZES` n, mean, low and high (%).
+        Indexed by method, all that the campaign plans or the paper has: paper (%), then of each of `SIZES` n (0 where
+        it is not trained yet), mean, low and high (%), and what they were trained on.
     """
-    parts = {}
-    for name, of in SIZES.items():
-        found = spread(evidence.named(profiles.profile(name), data))
-        parts[of] = found.drop(columns="machine")
-    table = pd.concat(parts, axis=1)
-    table.insert(0, ("paper", "accuracy"), pd.Series(_published(data)))
+    plan = set(evidence.campaign())
+    runs = {name: list(evidence.named(profiles.profile(name), data)) for name in SIZES}
+    names = dict.fromkeys(label for label, run in runs["reference"] if run in plan)
+    parts = {of: spread(runs[name]) for name, of in SIZES.items()}
+    known = pd.Series(_published(data))
+    names |= dict.fromkeys([*(label for found in parts.values() for label in found.index), *known.index])
+    table = pd.concat({of: found.reindex(names) for of, found in parts.items()}, axis=1)
+    table.insert(0, ("paper", "accuracy"), known.reindex(names))
+    for of in parts:
+        table[of, "n"] = table[of, "n"].fillna(0).astype(int)
     return table.rename_axis("method")
 
 
@@ -57,6 +69,8 @@ def _published(data: str) -> dict[str, float]:
                 found.setdefault(str(row.method), float(row.accuracy_percent))
     for row in latency.paper(6).query("dataset == @data").itertuples():
         found[f"{row.search} B={row.heads_self // 4}"] = float(row.accuracy_percent)
+    for budget in (1, 2, 3):  # the same networks as SAS-L's of Table 6
+        found.pop(f"SAL-ViT B={budget}", None)
     return found
 
 
@@ -121,6 +135,48 @@ def variants() -> pd.DataFrame:
         right = latency.answers({run: record for run, record in found.items() if run.protocol == protocol})
         table[f"{protocol} error"] = right["largest_logit_error"].map("{:.2g}".format)
     return table.rename_axis("method")
+
+
+def placed() -> dict[PrivateRun, str]:
+    """Private inferences of CCT-7/3x1 with as much self-attention in other places, each with its name.
+
+    The paper gives SAS-L and SAS-H one latency. What is searched by heads may have whole layers of one kind, or both in
+    every layer.
+    """
+    found, layers, heads = {}, 7, 4
+    for b, protocol, query in itertools.product((3, 1), ("stock", "tuned"), range(3)):
+        total = heads * b
+        spread = [total // layers + (layer < total % layers) for layer in range(layers)]
+        counts = {"heads of whole layers": [heads] * b + [0] * (layers - b), "heads of all layers": spread}
+        places: dict = {"layers": ("self",) * b + ("external",) * (layers - b)}
+        for where, each in counts.items():
+            places[where] = tuple(("self",) * count + ("external",) * (heads - count) for count in each)
+        for where, attention in places.items():
+            network = preset("cct_7_3x1", "SA L2Q", attention=attention)
+            found[PrivateRun(network, protocol, query=query)] = f"B={b}, {where}"
+    return found
+
+
+def placements() -> pd.DataFrame:
+    """What as much self-attention costs in layers (SAS-L) and in heads (SAS-H): CCT-7/3x1 with L2Q, TFP.
+
+    Returns:
+        Indexed by budget and places: of each protocol seconds (the median of the queries) with their range, rounds and
+        MB one way, and whether its answers were right.
+    """
+    asked = placed()
+    found = execute.recorded(asked, "reference")
+    pair = latency.totals(latency.operations(found, {run: asked[run] for run in found}), baseline="B=3, layers")
+    table = pd.DataFrame(index=pd.Index(dict.fromkeys(asked.values()), name="self-attention"))
+    for protocol in ("stock", "tuned"):
+        ours = pair.loc[protocol].rename(index=str)
+        table[f"{protocol} s"] = ours["seconds"]
+        table[f"{protocol} range"] = [f"{low:.2f} to {high:.2f}" for low, high in zip(ours["low"], ours["high"])]
+        table[f"{protocol} rounds"], table[f"{protocol} MB"] = ours["rounds"], ours["megabytes"]
+        ours = [record["metrics"]["faithful"] for run, record in found.items() if run.protocol == protocol]
+        names = [asked[run] for run in found if run.protocol == protocol]
+        table[f"{protocol} right"] = pd.Series(ours, names).groupby(level=0).all()
+    return table
 
 
 def mechanisms() -> pd.DataFrame:

@@ -157,12 +157,13 @@ class MixedCCT(CCT):
 
         def mixture(config: CCTConfig, layer: int) -> torch.nn.Module:
             if granularity == "head":
-                heads = (HEADS[name](config, config.heads) for name in ("self", cheap))
-                return MixedAttention(*heads, config.heads, initial, cheap)
+                one, other = (HEADS[name](config, config.heads) for name in ("self", cheap))
+                return MixedAttention(one, other, config.heads, initial, cheap)
             return MixedAttention(ATTENTION["self"](config), ATTENTION[cheap](config), None, initial, cheap)
 
         super().__init__(config, attention or mixture)
-        self.granularity, self.gate, self.choices = granularity, gate, ("self", cheap)
+        self.granularity, self.gate = granularity, gate
+        self.choices: tuple[str, ...] = ("self", cheap)
         if gate == "sigmoid":
             for block in self.blocks:
                 parametrize.register_parametrization(block.attention, "alpha", Sigmoid())

@@ -137,7 +137,40 @@ def test_searches_are_judged_by_each_score_at_every_budget(monkeypatch):
     told = evidence.verdicts(found)
     assert (told["n"] == 2).all() and (told["spread"] == 0).all()
     assert told.loc[("released", "alpha"), "B = 1"] == told.loc[("released", "alpha"), "regret"] == 2.0
+    drawn = evidence.regrets(told)
+    assert drawn.loc["released"].to_dict() == {
+        "by alpha": 2.0,
+        "by saliency": 0.0,
+        "by perturbation": told.loc[("released", "perturbation"), "regret"],
+        "a random choice": 1.0,
+        "the worst": 2.0,
+    }
     assert evidence.verdicts(evidence.judged(truth.iloc[:0], "smoke", "digits").iloc[:0]).empty
+
+
+def test_extractions_are_means_over_seeds_by_normaliser_and_way(monkeypatch):
+    """They share the first phase of Algorithm 1's search on the same images."""
+    size = evidence.profile("smoke")
+    monkeypatch.setattr(evidence, "profile", lambda name: size)
+    runs = evidence.extractions(size, "digits", seeds=2)
+    assert len({store.key(run) for run in runs.values()}) == 16
+    first = {run.first_phase() for run in runs.values() if not isinstance(run, TrainRun)}
+    assert len(first) == 4 and evidence.searches(size, "digits")["Eq. 5, lambda 0.1", 1].first_phase() in first
+    for seed, alphas in ((0, [0.1, -0.4]), (1, [0.3, 0.2])):
+        nas = [{"validation_accuracy": 40.0}, {"validation_accuracy": 60.0 + seed}]
+        record = record_of(run := runs["2ReLU", "B = 2", seed], dict(test_accuracy=70.0 + seed, alphas=alphas, nas=nas))
+        record["history"] = [{"validation_accuracy": each} for each in (30.0, 50.0, 65.0)]
+        workspace.write_json(store.path(run, "reference"), record)
+    record = record_of(run := runs["L2Q", "B = 2, from scratch", 0], dict(test_accuracy=66.0))
+    record["history"] = [{"validation_accuracy": each} for each in (20.0, 64.0)]
+    workspace.write_json(store.path(run, "reference"), record)
+    table = evidence.extracted("smoke", "digits")
+    assert len(table) == 2
+    row = table.loc[("2ReLU", "B = 2")]
+    assert (row["n"], row["mixture"], row["first epoch"], row["last epoch"]) == (2, 60.5, 30.0, 65.0)
+    assert (row["test"], row["low"], row["high"]) == (70.5, 70.0, 71.0)
+    assert (row["largest alpha"], row["second alpha"]) == pytest.approx((0.35, 0.15))
+    assert pd.isna(table.loc[("L2Q", "B = 2, from scratch"), ["mixture", "largest alpha"]]).all()
 
 
 def record_of(run, metrics):

@@ -9,6 +9,7 @@ import pytest
 from salvit_core import METHODS
 from salvit_core.experiments import evidence, latency, profiles, published, store
 from salvit_core.experiments.runs import SearchRun, name_of, run_of
+from salvit_core.search.sas import Search
 
 
 def private():
@@ -56,6 +57,16 @@ def test_latencies_are_ratios_beside_the_papers(number):
     assert table["tuned ratio"].to_dict() == {name: pytest.approx(ours[name]) for name in table.index}
 
 
+def test_placements_have_the_same_self_attention_elsewhere():
+    names = published.placed()
+    for run, name in names.items():
+        heads = [each for layer in run.network.attention for each in ([layer] * 4 if isinstance(layer, str) else layer)]
+        assert heads.count("self") == 4 * int(name[2]) and len(heads) == 28
+    table = published.placements()
+    assert list(table.index) == list(dict.fromkeys(names.values())) and table.notna().all(axis=None)
+    assert table.filter(like="tuned right").all(axis=None)
+
+
 def test_table_2_has_every_mechanism_with_both_protocols():
     table = published.table_2()
     layers = defaultdict(set)
@@ -73,7 +84,14 @@ def accuracies(data):
     for study in ("training", "search"):
         for record in store.load(study, "reference"):
             run = run_of(record)
-            if run.images or run.data != data:
+            if run.images or run.data != data or run.teacher:
+                continue
+            plain = getattr(run, "search", None)
+            if plain and (
+                type(plain) is not Search or plain.granularity != "layer" or plain.folded or not plain.weight
+            ):
+                continue
+            if len(set(run.network.attention)) > 1:
                 continue
             name = run.search.rule if isinstance(run, SearchRun) else run.network.attention[0]
             kind = (
@@ -107,6 +125,9 @@ def test_accuracies_are_means_over_the_seeds_on_record():
                 continue
             assert row["n"] == len(values) and row["mean"] == pytest.approx(statistics.fmean(values))
             assert (row["low"], row["high"]) == (min(values), max(values))
+    planned = {label for label, _ in evidence.named(profiles.profile("reference"))}
+    assert planned <= set(table.index)  # those that are not trained yet, too
+    assert (table.xs("n", axis=1, level=1) >= 0).all(axis=None)
     assert table.loc["SAS-L-WC B=3", ("paper", "accuracy")] == 95.16
     assert table.loc["SA softmax", ("paper", "accuracy")] == 95.56
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from salvit_core.experiments import accuracy, efficient, execute, latency, profiles
+from salvit_core import preset
+from salvit_core.experiments import accuracy, efficient, execute, latency, profiles, published
 
 SIZE = profiles.profile("reference")
 
@@ -16,7 +17,40 @@ def assert_ranges(table, column="x"):
 def searches():
     plan = accuracy.plan(SIZE, "cifar10")
     table = accuracy.results({"cifar10": plan}, execute.recorded(plan.values(), "reference"))
-    return accuracy.with_costs(table, execute.recorded(accuracy.private_runs(table, SIZE.queries), "reference"))
+    table = accuracy.over_seeds(table, SIZE, 0, "reference")
+    for network in (None, "cct_7_3x1"):
+        runs = accuracy.private_runs(table, SIZE.queries, network=network)
+        table = accuracy.with_costs(table, execute.recorded(runs, "reference"), network)
+    return table
+
+
+@pytest.mark.parametrize(
+    "name", ["SA softmax", "SA 2ReLU", "SA scaling", "EA L2Q", *(f"SAL-ViT B={b}" for b in range(1, 4))]
+)
+def test_a_counterpart_is_the_papers_network_of_that_name(name):
+    assert accuracy.counterpart(preset("cct_4_3x1", name), "cct_7_3x1") == preset("cct_7_3x1", name)
+    placed = preset("cct_4_3x1", "SA L2Q", attention=("external", "self", "external", "self"))
+    assert accuracy.counterpart(placed, "cct_7_3x1") == preset("cct_7_3x1", "SAL-ViT B=2")
+
+
+def test_accuracy_is_a_mean_over_the_seeds_on_record(searches):
+    for _, line in searches.iterrows():
+        runs = [accuracy.plan(SIZE, "cifar10", seed)[line["method"]] for seed in range(3)]
+        found = [each["metrics"]["test_accuracy"] for each in execute.recorded(runs, "reference").values()]
+        assert line["n"] == len(found) and line["accuracy"] == pytest.approx(sum(found) / len(found))
+        assert (line["accuracy_low"], line["accuracy_high"]) == (min(found), max(found))
+
+
+def test_figures_have_the_latency_of_the_papers_network(searches):
+    """Of each row the same as Table 4's and Table 3's: medians of the same queries."""
+    ours = published.variants()
+    for name, row in {"SA softmax": "SA softmax", "EA L2Q": "EA L2Q", "SAS-L B=2": "SAL-ViT B=2"}.items():
+        line = searches.set_index("method").loc[name]
+        for protocol in ("stock", "tuned"):
+            assert line[accuracy.seconds_of(searches, protocol)] == pytest.approx(ours.loc[row, f"{protocol} s"])
+    drawn = accuracy.latency_figures(searches, ["cifar10"], 2)["figure_1_accuracy_latency"]["ours, cifar10, tuned"]
+    assert drawn.set_index("method").loc["SA softmax", "x"] == pytest.approx(ours.loc["SA softmax", "tuned s"])
+    assert drawn["x"].notna().all() and (drawn["x_low"] <= drawn["x"]).all()
 
 
 def test_latency_of_figures_1_and_6(searches):
