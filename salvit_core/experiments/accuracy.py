@@ -290,9 +290,11 @@ def counterpart(config: TransformerConfig, network: str) -> Any:
 def private_runs(table: pd.DataFrame, queries: int, seed: int = 0, network: str | None = None) -> list[PrivateRun]:
     """Private inferences of each distinct architecture that figures draw; heads of their own are left out.
 
-    With a preset's name these are of its counterparts (`counterpart`): what is trained small is run at full size.
+    With a preset's name these are of the counterparts (`counterpart`) of what Figures 1 and 5 draw: what is trained
+    small is run at full size.
     """
-    shown = table.loc[~table["method"].str.startswith("SAS-H"), "config"]
+    wanted = ~table["method"].str.startswith("SAS-H") if network is None else table["method"].str.match(_DRAWN)
+    shown = table.loc[wanted, "config"]
     return [
         PrivateRun(config, protocol, query=query, seed=seed)
         for query in range(queries)
@@ -357,13 +359,14 @@ def table_4(table: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns=names).set_index(["dataset", "method"])
 
 
+_DRAWN = r"SA |EA |SAS-L B="  # in Figures 1 and 5
 _SERIES = ["SAL-ViT", *ROWS, *(f"{name} (KD)" for name in ("SA 2Quad", "SAL-ViT", "MPCViT")), "MPCViT"]
 
 
 def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFrame:
     """Ours on one data set, for a figure: single attentions, distilled ones, and SAL-ViT joined along the budget."""
     part = table.query("dataset == @data").dropna(subset=[seconds])
-    part = part[part["method"].str.match(r"(SA |EA |SAS-L B=)")]
+    part = part[part["method"].str.match(_DRAWN)]
     series = part["method"].str.replace(r"SAS-L B=\d", "SAL-ViT", regex=True)
     method = part["method"].str.replace("SAS-L ", "")
     return _at(part, seconds).assign(series=pd.Categorical(series, _SERIES), method=method)
@@ -428,8 +431,8 @@ def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[st
     six = {
         f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds)
         for data in sets
-        for protocol in ("stock", "tuned")
-        if (seconds := seconds_of(table, protocol)) in table
+        for protocol, seconds in (("stock", "seconds"), ("tuned", "tuned_seconds"))
+        if seconds in table
     }
     if six := {title: each for title, each in six.items() if len(each)}:
         made["figure_6_normalizers"] = six

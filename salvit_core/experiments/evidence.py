@@ -287,10 +287,13 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
         chosen: `picks` from it.
     """
     budgets = range(1, int(table["B"].max()))
-    seeds = chosen.index.get_level_values("seed").nunique()
+    seeds, total = chosen.index.get_level_values("seed").nunique(), len(table) * SEEDS
+    known = f"**The truth**: all {total} trainings, {SEEDS} seeds an assignment"
+    if table["n"].sum() < total:
+        known = f"**The truth so far**: {table['n'].sum()} of {total} trainings, {table['n'].min()} to "
+        known += f"{table['n'].max()} of {SEEDS} seeds an assignment"
     lines = [
-        f"- **The truth so far**: {table['n'].sum()} of {len(table) * SEEDS} trainings, {table['n'].min()} to "
-        f"{table['n'].max()} of {SEEDS} seeds an assignment; {_seeds(seeds)} of the searches. The best of all is "
+        f"- {known}; {_seeds(seeds)} of the searches. The best of all is "
         f"{table['mean'].idxmax()} ({table['mean'].max():.2f} %), the worst {table['mean'].idxmin()} "
         f"({table['mean'].min():.2f} %)."
     ]
