@@ -381,8 +381,8 @@ PARTY = (
 OPTIONS = {
     "train": "preset method data protocol image device root epochs batch lr optimizer weight-decay warmup augment clip "
     "label-smoothing distill-logits temperature keep sgd seed nonsense",
-    "search": "preset method data image device granularity budget rule weight gate cheap search-epochs epochs lr seed "
-    "nonsense",
+    "search": "preset method data image device granularity budget rule weight gate cheap score search-epochs epochs "
+    "lr seed nonsense",
     "replace train": "run base-model weights data root device seed rep-by layers loss epochs batch-size lr "
     "weight-decay warmup-epochs block-ft-epochs block-ft-lr block-ft-batch-size head-epochs head-lr reprob drop-path "
     "normalizer augment skip-train-attn out nonsense",

@@ -18,7 +18,7 @@ import pandas as pd
 from .. import workspace
 from ..fields import Among, Checked, CountOrNone, Range
 from ..models.config import TransformerConfig
-from ..search.sas import select
+from ..search.sas import SCORES, select
 from . import execute, replaced, store
 from .profiles import Profile, profile
 from .runs import Run, SearchRun, Training, TrainRun
@@ -38,7 +38,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "alpha by SGD": dict(sgd=("alpha",)),
     "sigmoid of alpha": dict(gate="sigmoid"),
 }
-SCORES = ("alpha", "saliency", "perturbation")  # by which layers are chosen: `sas.scores`
 
 SA: dict[str, dict[str, Any]] = {
     "SA softmax": dict(normalizer="softmax"),

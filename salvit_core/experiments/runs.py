@@ -123,7 +123,7 @@ class SearchRun(Checked):
         """What searches that differ in budget, rule or fine-tuning have in common: they share their first phase."""
         same = dataclasses.replace(self.search, budget=0, finetune=self.search.first)
         if isinstance(same, Search):
-            same = dataclasses.replace(same, rule="top", folded=False)
+            same = dataclasses.replace(same, rule="top", folded=False, score="alpha")
         return dataclasses.replace(self, search=same, teacher=None)
 
     def label(self) -> str:
@@ -133,6 +133,7 @@ class SearchRun(Checked):
         if isinstance(search, Search):
             kind = ("released " if isinstance(search, ReleasedSearch) else "") + f"sas-{search.granularity[0]}"
             rule = f" {search.rule if isinstance(search.rule, str) else 'given'}"
+            rule += "" if search.score == "alpha" else f" by {search.score}"
             rule += "" if search.weight == Search.weight else f" lambda {search.weight:g}"
             rule += " folded" if search.folded else ""
             rule += "" if search.gate == "free" else f" {search.gate}"

@@ -60,6 +60,9 @@ class Command(Checked):
     cheap: Annotated[str, Among(*sas.CHEAP)] = "external"
     """What the others get: "external" attention, the paper's, or "scaling" attention (MPCViT, with --method "SA 2ReLU"
     and --granularity head)."""
+    score: Annotated[str, Among(*sas.SCORES)] = "alpha"
+    """What --rule is of: "alpha" (the paper's), "saliency" (how fast the loss falls as alpha grows) or "perturbation"
+    (what is lost without a layer's, or a head's, self-attention)."""
     released: bool = False
     """Search as the published code does where it parts from the paper."""
     search_epochs: Count = 600
@@ -88,10 +91,11 @@ def run(command: Command) -> Path:
     first = dataclasses.replace(recipe, epochs=command.search_epochs)
     kind = ReleasedSearch if command.released else Search
     asked = command.budget, command.granularity, command.rule, command.weight, command.folded, command.gate
-    search = kind(config, first, recipe, recipe.seed, *asked, command.cheap)
+    search = kind(config, first, recipe, recipe.seed, *asked, command.cheap, command.score)
     name = f"{command.preset}-{command.method}-{data.name}-{'released-' * command.released}{command.granularity}"
     name += f"-{command.budget}-{command.rule}{'-folded' * command.folded}"
-    name += f"{'-sigmoid' * (command.gate == 'sigmoid')}{'-scaling' * (command.cheap == 'scaling')}-{recipe.seed}"
+    name += f"{'-sigmoid' * (command.gate == 'sigmoid')}{'-scaling' * (command.cheap == 'scaling')}"
+    name += f"{f'-{command.score}' * (command.score != 'alpha')}-{recipe.seed}"
     out = command.out or workspace.ROOT / "data" / "runs" / "searches" / name.replace(" ", "-")
     for file in ("nas.pt", "weights.pt", "result.json"):
         workspace.try_out(out / file)

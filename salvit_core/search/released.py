@@ -23,6 +23,8 @@ class ReleasedSearch(Search):
             raise ValueError("folded is True: as released, alphas are 1 and 0 before fine-tuning")
         if self.gate != "free":
             raise ValueError(f"gate is {self.gate!r}: as released, alpha is learnt itself")
+        if self.score != "alpha":
+            raise ValueError(f"score is {self.score!r}: as released, layers are chosen by alpha")
         if self.cheap != "external":
             raise ValueError(f"cheap is {self.cheap!r}: as released, the other layers get external attention")
         for name in ("first", "finetune"):

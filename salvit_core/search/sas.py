@@ -32,6 +32,7 @@ CHEAP = ("external", "scaling")  # what the layers, or heads, without self-atten
 GRANULARITIES = ("layer", "head")
 GATES = ("free", "sigmoid")
 RULES = ("top", "bottom", "random")
+SCORES = ("alpha", "saliency", "perturbation")  # by which layers, or heads, are chosen: `scores`
 
 Architecture = tuple[str | tuple[str, ...], ...]  # `CCTConfig.attention`: one entry per layer
 
@@ -76,6 +77,7 @@ class Search(Phases):
     folded: bool = False  # as in `extract`
     gate: Annotated[str, Among(*GATES)] = "free"  # as in `MixedCCT`
     cheap: Annotated[str, Among(*CHEAP)] = "external"  # what the other layers, or heads, get
+    score: Annotated[str, Among(*SCORES)] = "alpha"  # what the rule is of: alpha (Algorithm 1), or one of `scores`
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,7 +116,8 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
     net = MixedCCT(run.network, run.granularity, gate=run.gate, cheap=run.cheap)
     history = first_phase(net, run, data, Penalty(net, run.weight), teacher, folder)
     judged = scores(net, data, run.first.batch)
-    chosen = select(net.alphas(), run.budget, run.rule, run.seed, run.cheap)
+    values = net.alphas() if run.score == "alpha" else judged[run.score]
+    chosen = select(values, run.budget, run.rule, run.seed, run.cheap)
     model = extract(net, chosen, run.folded)
     tuned = second_phase(model, net, chosen, run, data, teacher, folder)
     return {**found(net, chosen, history, tuned, model), "scores": judged}
@@ -294,7 +297,7 @@ def select(
     """Give self-attention to `budget` layers, or heads, and external attention to the others (Algorithm 1, line 7).
 
     Args:
-        alphas: the selection parameters, (L,) or (L, H).
+        alphas: the selection parameters, or another score of the same places, (L,) or (L, H).
         budget: B, how many layers, or heads, get self-attention (Eq. 4).
         rule: "top", the largest alpha; "bottom", the smallest (the paper's SAS-L-WC); "random", drawn without
             replacement; or a list of B layers (from 0), or of B pairs (layer, head). Of equal alphas the earliest.

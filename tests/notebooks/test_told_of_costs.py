@@ -19,7 +19,7 @@ from salvit_core.experiments import (
     published,
     store,
 )
-from salvit_core.experiments.runs import DriftRun, EvaluationRun, PrivateRun, QuantizationRun, run_of
+from salvit_core.experiments.runs import DriftRun, EvaluationRun, PrivateRun, QuantizationRun, TrainRun, run_of
 from salvit_core.models.operations import NewtonInverse, PseudoInverse
 from salvit_core.models.vit import build
 from salvit_core.private import LINKS
@@ -368,6 +368,34 @@ def test_results_tell_what_is_on_record():
         "each of 8 takes {} of one alone".format(benchmark("private", ON_LOOPBACK)[-1]),
         f"in {what_if[1]:.1f} s for {what_if[0]:.1f}",
     )
+
+
+def test_what_came_out_is_on_record():
+    """The first words of the page of results; what they say of a search is in `test_trained_conclusions`."""
+    table = published.variants()
+    right = latency.answers(variants_of("tuned"))["faithful"]
+    sooner, ratio = table["stock s"] / table["tuned s"], table["tuned s"] / table["tuned s"]["SA softmax"]
+    ours = {name: f"{table['tuned ratio'][name]:.2f}" for name in ("SA L2Q", "SA 2Quad", "EA L2Q", "SAL-ViT B=3")}
+    assert right.all() and len(right) == 13 and ratio["SA L2Q"] < 0.6
+    kept: dict[type, list[int]] = {TrainRun: [], QuantizationRun: []}
+    for record in store.load("encrypted", "reference"):
+        run = run_of(record)
+        of = run.trained if isinstance(run.trained, TrainRun) else run.trained.trained
+        if run.protocol == "tuned" and run.n == 256 and of.data == "cifar10" and not (run.tables or run.quantizers):
+            kept[type(run.trained)].append(round(record["metrics"]["agreement"] * 2.56))
+    assert kept == {TrainRun: [256] * 4, QuantizationRun: [255] * 2}
+    held(
+        "results.md",
+        f"{sooner.min():.1f} to {sooner.max():.1f} times sooner",
+        f"L2Q takes {ours['SA L2Q']} of softmax's time, 2Quad {ours['SA 2Quad']}; external attention in every layer, "
+        f"with L2Q, takes {ours['EA L2Q']}, and a SAL-ViT with B = 3 lies between, {ours['SAL-ViT B=3']}",
+        "each of the four networks",
+    )
+
+
+def variants_of(protocol):
+    """The records of one protocol."""
+    return {run: record for run, record in variants().items() if run.protocol == protocol}
 
 
 def test_09_counts_of_today_are_the_estimate_s():

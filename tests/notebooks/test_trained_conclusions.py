@@ -9,7 +9,7 @@ import torch
 from prose import held
 
 from salvit_core import CCT, preset
-from salvit_core.experiments import accuracy, evidence, execute, latency, learned, profiles
+from salvit_core.experiments import accuracy, evidence, execute, latency, learned, profiles, published
 from salvit_core.experiments.runs import LearnedRun
 
 SIZE = profiles.profile("reference")
@@ -138,11 +138,19 @@ def test_what_the_hybrid_saves(searches):
         for _, row in rows.iterrows()
     )
     rounds = searches["tuned_rounds"]
+    large = published.variants()
+    full = [
+        [large.loc[row, s] / large.loc["SA softmax", s] for s in ("stock s", "tuned s")]
+        for row in ("SAL-ViT B=2", "SA L2Q")
+    ]
     held(
         "03",
         f"SAL-ViT takes {hybrid[0]:.2f} of softmax attention's seconds with `stock` and {hybrid[1]:.2f} with `tuned`; "
         f"L2Q with self-attention in every layer takes {plain[0]:.2f} and {plain[1]:.2f}, and has "
         f"{searches.loc['SA L2Q', 'accuracy']:.2f} %.",
+        "(the figures), it is {:.2f} and {:.2f} for the hybrid, {:.2f} and {:.2f} for L2Q alone.".format(
+            *sum(full, [])
+        ),
         f"these are {rounds['SAS-L B=2']:.0f}, {rounds['SA softmax']:.0f} and {rounds['SA L2Q']:.0f} rounds",
     )
     today = latency.estimated({name: searches.loc[name, "config"] for name in ("SA L2Q", "SAS-L B=2", "SA softmax")})
@@ -158,7 +166,9 @@ def test_the_truth_is_against_the_largest_alphas():
     assert all((each["regret"] > each["random"]).all() and (each["tau"] < 0).all() for each in found.values())
     said = evidence.said_of_truth(truth, picks)
     count = sum(run is not None for run in execute.recorded(evidence.truth(SIZE), "reference"))
-    assert (f"all {count} trainings, 3 seeds" if count == 48 else f"{count} of 48 trainings") in said and "worse than a draw at 3 of 3 budgets" in said
+    assert (
+        f"all {count} trainings, 3 seeds" if count == 48 else f"{count} of 48 trainings"
+    ) in said and "worse than a draw at 3 of 3 budgets" in said
     for b, each in found.items():
         assert f"{' and '.join(each['chosen'].unique())} at B = {b} loses {each['regret'].mean():.2f} points" in said
     drawn = evidence.by_budget(truth, picks).set_index(["series", "x"])["accuracy"]
@@ -167,6 +177,22 @@ def test_the_truth_is_against_the_largest_alphas():
             assert drawn["the best", b] == part["mean"].max() and drawn["the worst", b] == part["mean"].min()
             assert drawn["SAS-L", b] == pytest.approx(part["mean"].max() - found[b]["regret"].mean())
     assert len(drawn) == 15
+
+
+def test_results_tell_where_self_attention_counts():
+    truth = evidence.truth_table()["mean"]
+    single = truth[["SEEE", "ESEE", "EESE", "EEES"]]
+    assert truth.idxmin() == single.idxmin() == "SEEE" and truth["SEEE"] < truth["EEEE"] and single.idxmax() == "EESE"
+    three = truth[["ESSS", "SESS", "SSES", "SSSE"]]
+    places = published.placements()
+    rounds, megabytes = ([places.loc[name, f"stock {what}"] for name in places.index] for what in ("rounds", "MB"))
+    few, many = places.loc[["layers", "heads of all layers"], "tuned rounds"]
+    assert three.idxmax() == "ESSS" and max(megabytes) / min(megabytes) < 1.01
+    held(
+        "results.md",
+        f"(ESSS) lose {truth['SSSS'] - truth['ESSS']:.1f} points against four",
+        f"from {rounds[0]} rounds to {rounds[2]} with `stock` and from {few} to {many} with `tuned`",
+    )
 
 
 def test_several_seeds_of_a_search_are_averaged():

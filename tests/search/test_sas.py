@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from salvit_core import CCT, CCTConfig, datasets, preset, private
+from salvit_core.experiments.runs import SearchRun
 from salvit_core.models.attention import ATTENTION
 from salvit_core.models.attention.headwise import ExternalHeads, ScalingHeads, SelfHeads
 from salvit_core.models.graph import trace
@@ -312,6 +313,23 @@ def test_scores_are_what_self_attention_changes(few_digits, monkeypatch, granula
         assert lost == pytest.approx(loss(layer, head, 0.0) - loss(layer, head), rel=1e-4, abs=1e-7)
         slope = (loss(layer, head, step=1e-4) - loss(layer, head, step=-1e-4)) / 2e-4
         assert saliency == pytest.approx(-slope, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_what_is_chosen_by_is_an_option(few_digits, tmp_path, granularity):
+    """Three scores of one mixture, whose training they share, each with its own choice; released has alpha alone."""
+    first = dataclasses.replace(RECIPE, epochs=1)
+    run = sas.Search(preset("cct_2_3x1", "SA L2Q", layers=3), first, first, 0, 1, granularity)
+    for score in sas.SCORES:
+        found = sas.search(dataclasses.replace(run, score=score), few_digits, folder=tmp_path)
+        known = {"alpha": found["alphas"], **found["scores"]}
+        assert found["architecture"] == sas.select(known[score], 1)
+    assert len(list(tmp_path.glob("nas.pt"))) == 1
+    shared = {SearchRun("digits", dataclasses.replace(run, score=score)).first_phase() for score in sas.SCORES}
+    assert len(shared) == 1
+    assert "by saliency" in SearchRun("digits", dataclasses.replace(run, score="saliency")).label()
+    with pytest.raises(ValueError, match="score is 'saliency': as released, layers are chosen by alpha"):
+        ReleasedSearch(preset("cct_2_3x1"), RECIPE, RECIPE, score="saliency")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
