@@ -54,7 +54,8 @@ def dots(panels: dict[str, pd.DataFrame], label: str, log: bool = False, note: s
                 drawn = styles[column]
                 marker = {"marker": drawn.marker, "s": 12 + 22 * i, "edgecolor": drawn.color, "linewidth": 1.2}
                 marker["facecolor"] = "none" if i else drawn.color
-                axis.scatter(table[column], places, label=column, zorder=3 - i / 10, **marker)
+                # A marker at zero is as whole as the others.
+                axis.scatter(table[column], places, label=column, zorder=3 - i / 10, clip_on=False, **marker)
             axis.set_yticks(places, table.index)
             axis.set_ylim(-0.6, rows - 0.4)
             axis.set_title(title)
