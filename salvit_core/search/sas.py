@@ -427,11 +427,11 @@ def second_phase(
 ) -> dict:
     """Fine-tune what was extracted (lines 8-9); `train`'s result.
 
-    Its checkpoint is named by what it starts from and how it goes on: another search's weights, or another recipe, is
-    another run.
+    Its checkpoint is named by what it starts from and how it goes on: another search's weights, or these extracted in
+    another way, or another recipe, is another run.
     """
     taught = "" if teacher is None else digest(*teacher.state_dict().values())
-    start = digest(*net.state_dict().values())
+    start = digest(*net.state_dict().values(), *model.state_dict().values())
     text = repr((chosen, start, run.finetune, taught, frozen))
     name = f"finetune_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
     checkpoint = None if folder is None else Path(folder) / name

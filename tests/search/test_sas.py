@@ -169,6 +169,16 @@ class Scaled(torch.nn.Module):
         return self.scale * self.branch(x)
 
 
+def test_what_is_folded_is_another_run_in_the_same_folder(few_digits, tmp_path):
+    """Of one mixture, whose checkpoint both find: the second is no copy of the first."""
+    first = dataclasses.replace(RECIPE, epochs=1)
+    run = sas.Search(preset("cct_2_3x1", "SA L2Q"), first, first, budget=1)
+    plain, folded = (sas.search(dataclasses.replace(run, folded=f), few_digits, folder=tmp_path) for f in (False, True))
+    assert plain["alphas"] == folded["alphas"] and plain["architecture"] == folded["architecture"]
+    assert plain["finetune"]["history"][0]["loss"] != folded["finetune"]["history"][0]["loss"]
+    assert len(list(tmp_path.glob("finetune_*.pt"))) == 2
+
+
 def test_heads_are_not_folded():
     with pytest.raises(ValueError, match="folded is True with granularity 'head'"):
         sas.Search(preset("cct_2_3x1"), RECIPE, RECIPE, granularity="head", folded=True)
