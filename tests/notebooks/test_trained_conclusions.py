@@ -213,6 +213,35 @@ def test_searches_on_the_truth_s_images():
     )
 
 
+def test_two_loud_layers_are_what_does_not_survive(searches):
+    table = evidence.extracted()
+    plain, folded = table.loc[("L2Q", "B = 2")], table.loc[("L2Q", "B = 2, folded")]
+    one, other = table.loc[("L2Q", "B = 1")], table.loc[("2ReLU", "B = 2")]
+    assert plain["second alpha"] > 0.01 > 0.001 > other["second alpha"] and (table["n"] == 1).all()
+    alive = {
+        name: sum(abs(alpha) > 0.01 for alpha in searches.loc[name, "record"]["metrics"]["alphas"])
+        for name in ("SAS-L 2ReLU B=2", "SAS-L softmax B=2", "SAS-L 2Quad B=2", "SAS-L B=2")
+    }
+    assert list(alive.values()) == [2, 1, 1, 1]
+    assert table.loc[("2ReLU", "B = 2, from scratch"), "test"] > 50
+    held(
+        "03",
+        f"an epoch after line 7 {plain['first epoch']:.0f} % are left of {plain['mixture']:.0f}",
+        "as loud as it was, {:.0f}, and in the end {:.1f}".format(*folded[["first epoch", "test"]]),
+        f"% for {plain['test']:.1f}.",
+    )
+    held(
+        "results.md",
+        "where here two are ({:.2f} and {:.2f}), {:.0f} %".format(
+            *plain[["largest alpha", "second alpha", "first epoch"]]
+        ),
+        f"left after an epoch, with one of them {one['first epoch']:.0f} %; with 2ReLU, whose second alpha died here, "
+        f"{other['first epoch']:.0f} %",
+        f"{folded['first epoch']:.0f} % are left, and the network ends",
+        f"{folded['test'] - plain['test']:.1f} points above",
+    )
+
+
 def test_results_tell_where_self_attention_counts():
     truth = evidence.truth_table()["mean"]
     single = truth[["SEEE", "ESEE", "EESE", "EEES"]]
