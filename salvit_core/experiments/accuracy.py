@@ -447,7 +447,8 @@ def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
         " ".join("".join(kind[0].upper() for kind in ([e] if isinstance(e, str) else e)) for e in config.attention)
         for config in part["config"]
     ]
-    shown = table_4(part).droplevel("dataset").drop(columns="mflops")
+    left_out = ["mflops", "accuracy_low", "accuracy_high"]
+    shown = table_4(part).droplevel("dataset").drop(columns=left_out, errors="ignore")
     shown.insert(0, "architecture", letters)
     return shown.round(2)
 

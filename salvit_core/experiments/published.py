@@ -28,7 +28,7 @@ def spread(runs: Iterable[tuple[str, Run]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["method", "accuracy", "machine"])
     groups = table.groupby("method", sort=False)
     found = groups["accuracy"].agg(n="count", mean="mean", low="min", high="max")
-    found["machine"] = groups["machine"].agg(lambda each: ", ".join(dict.fromkeys(each)))
+    found["machine"] = groups["machine"].agg(lambda each: "; ".join(dict.fromkeys(each)))
     return found
 
 
@@ -205,15 +205,15 @@ def table_7() -> pd.DataFrame:
 
 
 def shown(table: pd.DataFrame) -> str:
-    """A table as HTML: two decimals, whole numbers as they are, "-" for what is not there."""
+    """A table as HTML: two decimals, columns of whole numbers as they are, "-" for what is not there."""
 
     def cells(column: pd.Series) -> pd.Series:
-        name = column.name[-1] if isinstance(column.name, tuple) else column.name
+        numbers = [value for value in column if isinstance(value, float) and value == value]
+        whole = all(value == round(value) for value in numbers)
 
         def cell(value: object) -> object:
             if not isinstance(value, float):
                 return value
-            whole = name == "n" or (value == round(value) and abs(value) >= 10)
             return f"{value:.0f}" if whole else f"{value:.2f}"
 
         return column.map(cell, na_action="ignore")
