@@ -1,5 +1,6 @@
 """The reviewer's tables are those of the records: each number found again in another way, and none twice."""
 
+import re
 import statistics
 from collections import defaultdict
 
@@ -153,6 +154,8 @@ def test_mechanisms_are_those_trained_alike():
 
 
 def test_a_table_as_html_says_what_is_not_there():
-    table = pd.DataFrame({"a": [1.234, None], "b": [1024.0, 2.0]}, index=pd.Index(["x", "y"], name="method"))
-    drawn = published.shown(table)
-    assert all(f"<td>{each}</td>" in drawn for each in ("1.23", "-", "1024", "2.00", "x"))
+    """A column has two decimals, or none where all of it is whole: 61.00 stands beside 60.50, and rounds are rounds."""
+    columns = {"a": [1.234, None], "b": [1024.0, 2.0], "c": [61.0, 60.5], "d": [None, 3.0]}
+    drawn = published.shown(pd.DataFrame(columns, index=pd.Index(["x", "y"], name="method")))
+    cells = re.findall("<td>(.*?)</td>", drawn)
+    assert cells == ["x", "1.23", "1024", "61.00", "-", "y", "-", "2", "60.50", "3"]
