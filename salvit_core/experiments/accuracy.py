@@ -335,12 +335,11 @@ def with_costs(table: pd.DataFrame, found: Mapping[PrivateRun, dict], network: s
             continue
         for name in names:
             values = [[one[name] for one in timed.get((protocol, key), [])] for key in keys]
-            table[f"{size}{prefix}{name}"] = [typical(each, default=None) for each in values]
+            pick = min if name == "faithful" else typical
+            table[f"{size}{prefix}{name}"] = [pick(each, default=None) for each in values]
             if name == "seconds":
                 table[f"{size}{prefix}seconds_low"] = [min(each, default=None) for each in values]
                 table[f"{size}{prefix}seconds_high"] = [max(each, default=None) for each in values]
-            if name == "faithful":
-                table[f"{size}{prefix}faithful"] = [min(each, default=None) for each in values]
     return table
 
 
