@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -227,11 +226,10 @@ def test_processes_of_torchrun_share_the_work(folder, tmp_path):
     """And end with one result, whose losses are those of one process but for rounding: dropout is off."""
     options = f"train --teacher {folder}/teacher --rep-by multi-lstm --epochs 1 --batch-size 64 --lr 3e-2 --drop-path 0"
     options = [*options.split(), *QUICK, "--block-ft-epochs", "1", "--block-ft-batch-size", "64", "--head-epochs", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
     done = subprocess.run(
         [*command, "-m", "salvit_core.replacement", *options, "--out", str(tmp_path / "two")],
-        **dict(capture_output=True, text=True, env=environment, timeout=300),
+        **dict(capture_output=True, text=True, timeout=300),
     )
     assert done.returncode == 0, done.stderr
     cli.main(["replace", *options, "--out", str(tmp_path / "one")])
@@ -251,12 +249,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder, tmp_path):
     options += ["--block-ft-batch-size", "64", "--head-epochs", "2", *QUICK]
     cli.main(["replace", *options, "--out", str(tmp_path / "whole")])
     command = [sys.executable, "-m", "salvit_core.replacement", *options, "--out", str(tmp_path / "parts")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     hit = 0
     for wanted in ("attention_*.pt", "blocks_*.pt", "blocks_*.pt"):
-        started = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         deadline = time.monotonic() + 120
         while not list((tmp_path / "parts").glob(wanted)) and started.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -264,7 +259,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder, tmp_path):
         started.kill()
         hit += started.wait() < 0  # else it had ended by itself
     assert hit
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, parts = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())

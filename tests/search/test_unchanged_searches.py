@@ -39,14 +39,6 @@ def data():
     return dataclasses.replace(found, **parts)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def numbers(value):
     return value if isinstance(value, float) else [numbers(each) for each in value]
 

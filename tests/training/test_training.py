@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from salvit_core.training.preparation import optimizer
 
 RECIPE = Recipe(epochs=4, batch=64, lr=4e-3, augment="none")
 TIMES = ("seconds", "images_per_second")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def network(method="SA softmax", seed=0, **changes):
@@ -37,7 +35,7 @@ def same(one, other):
 
 def run(*arguments):
     command = [sys.executable, "-m", "salvit_core.training", "--preset", "cct_2_3x1", "--data", "digits", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 # Learning
@@ -268,9 +266,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path):
     command = [sys.executable, "-m", "salvit_core.training", "--preset", "cct_2_3x1", "--data", "digits", *arguments]
     found = []
     for delay in (0.0, 0.07):
-        process = subprocess.Popen(
-            [*command, "--out", str(checkpoint.parent)], stdout=subprocess.DEVNULL, env=ENVIRONMENT
-        )
+        process = subprocess.Popen([*command, "--out", str(checkpoint.parent)], stdout=subprocess.DEVNULL)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert process.poll() is None
@@ -379,7 +375,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     histories = {}
     for name, launcher in launchers.items():
         command = [sys.executable, *launcher, str(script), *arguments, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test accuracy") == 1
         histories[name] = json.loads((tmp_path / name / "result.json").read_text())["history"]
