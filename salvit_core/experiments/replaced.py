@@ -351,7 +351,7 @@ def choice(size: Profile, data: str, seed: int = 0) -> tuple[SearchRun, dict[str
     The budget is what half the layers with self-attention and half with external attention take. Of few tokens external
     attention is the dearer one, and self-attention in all layers is within it.
     """
-    from .accuracy import prices  # as in `priced`
+    from .choices import prices  # as in `priced`
 
     small = profile_of(size)
     base = small.config(data, "SA L2Q")

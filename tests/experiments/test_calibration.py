@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from salvit_core import cli, preset, workspace
-from salvit_core.experiments import accuracy, calibration, latency, store
+from salvit_core.experiments import calibration, choices, latency, store
 from salvit_core.experiments.runs import run_of
 from salvit_core.models.vit import build
 from salvit_core.private import LINKS, Speed, estimate
@@ -59,7 +59,7 @@ def test_a_calibration_is_a_record_until_it_is_measured_again(monkeypatch):
 
 def test_prices_are_the_links_share_of_one_layer():
     config = preset("cct_4_3x1", "SA L2Q")
-    (price,) = accuracy.prices({"self": config}, LINKS["WAN (Cheetah)"]).values()
+    (price,) = choices.prices({"self": config}, LINKS["WAN (Cheetah)"]).values()
     rows = estimate(build(config), (1, 1, 8, 8)).operations
     rows = rows[(rows["layer"] == "block 2") & rows["kind"].isin(["projection", "scores", "normaliser", "values"])]
     assert price == pytest.approx(rows["rounds"].sum() * 0.02 + rows["serial_bytes"].sum() / 44e6, abs=1e-4)

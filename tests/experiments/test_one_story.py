@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 
 from salvit_core import preset
-from salvit_core.experiments import accuracy, encrypted, execute, latency, learned, links_and_dealers, profiles
+from salvit_core.experiments import (
+    ablations,
+    accuracy,
+    encrypted,
+    execute,
+    latency,
+    learned,
+    links_and_dealers,
+    profiles,
+)
 from salvit_core.experiments.runs import LearnedRun, PrivateRun
 
 SIZE = profiles.profile("reference")
@@ -52,7 +61,7 @@ def test_figure_1_has_sal_vit_left_of_softmax_attention_with_both_protocols(sear
 
 
 def test_what_tuned_moves_in_notebook_02_is_of_one_version():
-    counted = accuracy.counted_variants("cct_7_3x1").groupby("method", observed=True)[["rounds", "bytes"]].sum()
+    counted = ablations.counted_variants("cct_7_3x1").groupby("method", observed=True)[["rounds", "bytes"]].sum()
     for variant, row in (("softmax", "SA softmax"), ("2Quad", "SA 2Quad"), ("L2Q element-wise", "SA L2Q")):
         exact = latency.estimated({row: preset("cct_7_3x1", row)})
         assert counted.loc[variant].to_list() == [exact["rounds"].sum(), exact["bytes"].sum()]
@@ -60,7 +69,7 @@ def test_what_tuned_moves_in_notebook_02_is_of_one_version():
     assert len(learnt) == 5 and len(learnt.drop_duplicates()) == 1
     more = learnt.iloc[0] - counted.loc["2Quad"]
     nothing = pd.DataFrame({"accuracy": [], "low": [], "high": []}, pd.MultiIndex.from_arrays([[], []]))
-    said = accuracy.said_of_ablations(nothing, pd.DataFrame(), accuracy.counted_variants("cct_7_3x1"), 1)
+    said = ablations.said_of_ablations(nothing, pd.DataFrame(), ablations.counted_variants("cct_7_3x1"), 1)
     assert f"{more['rounds']} rounds and {more['bytes'] / 1e6:.1f} MB, is the exact truncation" in said
 
 

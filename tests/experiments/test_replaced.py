@@ -10,7 +10,7 @@ import torch
 from prose import held, page, prose
 
 from salvit_core import build, preset, workspace
-from salvit_core.experiments import accuracy, evidence, execute, profiles, replaced, store
+from salvit_core.experiments import choices, evidence, execute, profiles, replaced, store
 from salvit_core.experiments.runs import EvaluationRun, ReplacementRun, run_of
 from salvit_core.models import cost
 from salvit_core.private import Link
@@ -288,7 +288,7 @@ def test_a_price_has_the_gates_of_a_recurrence_in_it():
         config = preset("cct_2_3x1", attention=name)
         steps = estimate(build(config), (1, 1, 8, 8)).operations
         layers = steps[steps["layer"].str.startswith("block")]
-        found[name] = layers["rounds"].sum() / 2, accuracy.prices({name: config}, link)[name]
+        found[name] = layers["rounds"].sum() / 2, choices.prices({name: config}, link)[name]
     for name, (rounds, price) in found.items():  # what is not attention's is the same in all three
         assert rounds - found["scaling"][0] == pytest.approx(price - found["scaling"][1], abs=1.5), name
     assert found["multi_lstm"][1] > found["parallel_scan"][1] > found["scaling"][1]

@@ -10,7 +10,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from salvit_core import figures
-from salvit_core.experiments import accuracy, replaced
+from salvit_core.experiments import ablations, replaced
 from salvit_core.figures import labels
 from salvit_core.models.operations import KINDS
 from salvit_core.models.rows import METHODS, ROWS
@@ -116,7 +116,7 @@ FIGURES = {
         NOTE,
     ),
     "seven variants": lambda: figures.accuracy_by_variant(
-        long(dataset=["cifar10"], variant=[*accuracy.VARIANTS], seed=[0, 1], accuracy=[68.0]), note=NOTE
+        long(dataset=["cifar10"], variant=[*ablations.VARIANTS], seed=[0, 1], accuracy=[68.0]), note=NOTE
     ),
     "variants of two data sets": lambda: figures.accuracy_by_variant(
         long(dataset=["one", "two"], variant=["teacher", *replaced.NAMES.values()], seed=[0], accuracy=[68.0]),

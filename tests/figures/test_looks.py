@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from salvit_core import METHODS, figures
-from salvit_core.experiments import accuracy, replaced
+from salvit_core.experiments import ablations, accuracy, replaced
 from salvit_core.figures import diagrams
 from salvit_core.figures.registry import BESIDES, KINDS, LINKS, LOOKS, PROTOCOLS
 from salvit_core.models import operations
@@ -22,7 +22,7 @@ from salvit_core.quantization import accelerator
 # What stands in one figure, with colours.
 TOGETHER = {
     "Figures 1 and 5, efficient attention": [*dict.fromkeys([*ROWS, *accuracy._SERIES])],
-    "Figures 7 and 8": [*accuracy.VARIANTS],
+    "Figures 7 and 8": [*ablations.VARIANTS],
     "attention replaced": ["teacher", *replaced.NAMES.values(), "SA L2Q", "EA softmax", "ReLU linear"],
     "normalisers": [*NORMALIZERS],
     "operations": [*operations.KINDS],
@@ -150,9 +150,9 @@ def test_every_figure_of_methods_protocols_and_links_uses_them():
         {"normalizer": ["softmax", "l2q"] * 2, "score": [0, 0, 1, 1], "weight": [0.1, 0.2, 0.3, 0.4]}
     )
     assert line_colors(figures.normalizer_curves(of_scores)) == colors(["softmax", "l2q"])
-    seeds = pd.DataFrame({"dataset": "one", "variant": [*accuracy.FIGURE_7], "seed": 0, "accuracy": range(5)})
+    seeds = pd.DataFrame({"dataset": "one", "variant": [*ablations.FIGURE_7], "seed": 0, "accuracy": range(5)})
     means = [each for each in figures.accuracy_by_variant(seeds).axes[0].collections if each.get_linewidth()[0] == 3]
-    assert [to_hex(each.get_color()[0]) for each in means] == [*colors(accuracy.FIGURE_7).values()]
+    assert [to_hex(each.get_color()[0]) for each in means] == [*colors(ablations.FIGURE_7).values()]
 
     drifts = pd.DataFrame({"series": ["tuned", "stock"], "layer": "one", "node": "a", "error": 1e-3, "scale": 2.0})
     drawn = line_colors(figures.drift(drifts))

@@ -9,7 +9,7 @@ import torch
 from prose import held
 
 from salvit_core import CCT, preset
-from salvit_core.experiments import accuracy, evidence, execute, latency, learned, profiles, published
+from salvit_core.experiments import ablations, accuracy, evidence, execute, latency, learned, profiles, published
 from salvit_core.experiments.runs import LearnedRun
 
 SIZE = profiles.profile("reference")
@@ -17,10 +17,10 @@ PAPERS = "cct_7_3x1"
 
 
 @pytest.fixture(scope="module")
-def ablations():
-    plan = accuracy.ablations(SIZE, ["cifar10"])
-    table = accuracy.ablation_table(plan, execute.recorded(plan, "reference"))
-    return accuracy.summary(table).loc["cifar10"]
+def ablated():
+    plan = ablations.runs(SIZE, ["cifar10"])
+    table = ablations.accuracies(plan, execute.recorded(plan, "reference"))
+    return ablations.summary(table).loc["cifar10"]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def trained():
     return run, execute.ensure(LearnedRun(run), "reference")["metrics"]
 
 
-def costs(protocol, names=tuple(accuracy.VARIANTS), **changes):
+def costs(protocol, names=tuple(ablations.VARIANTS), **changes):
     """Rounds and bytes of the variants at the paper's size."""
-    made = {name: preset(PAPERS, attention="self", **accuracy.VARIANTS[name], **changes) for name in names}
+    made = {name: preset(PAPERS, attention="self", **ablations.VARIANTS[name], **changes) for name in names}
     counted = latency.estimated(made, protocol)
     return counted.groupby("method", observed=True)[["rounds", "bytes"]].sum()
 
@@ -52,12 +52,12 @@ def told(row):
 # 02
 
 
-def test_accuracies_of_the_ablations(ablations):
-    mean = ablations["accuracy"]
+def test_accuracies_of_the_ablations(ablated):
+    mean = ablated["accuracy"]
     above = mean.drop("softmax") - mean["softmax"]
-    every, learnt = ablations.loc["L2Q element-wise", "parameters"], 2 * SIZE.config("cifar10").layers * 4 * 64**2
-    assert (ablations["seeds"] == 1).all() and (above > 0).all()
-    assert every - ablations.loc["2Quad", "parameters"] == learnt
+    every, learnt = ablated.loc["L2Q element-wise", "parameters"], 2 * SIZE.config("cifar10").layers * 4 * 64**2
+    assert (ablated["seeds"] == 1).all() and (above > 0).all()
+    assert every - ablated.loc["2Quad", "parameters"] == learnt
     held(
         "02",
         f"above softmax's {mean['softmax']:.2f} %, by {above.min():.2f} to {above.max():.2f} points",
@@ -70,7 +70,7 @@ def test_accuracies_of_the_ablations(ablations):
 @pytest.mark.timeout(300)
 def test_costs_of_learning_and_what_folding_saves():
     stock = costs("stock", ("softmax", "2Quad", "L2Q head-wise", "L2Q element-wise", "L2Q, C only"))
-    tuned = costs("tuned", [name for name in accuracy.VARIANTS if name != "softmax"])
+    tuned = costs("tuned", [name for name in ablations.VARIANTS if name != "softmax"])
     ours = tuned.drop("2Quad")
     assert (ours == ours.iloc[0]).all(axis=None) and (stock.loc["L2Q, C only"] == stock.loc["2Quad"]).all()
     short = {name: f"{row['bytes'] / 1e6:.0f} MB" for name, row in stock.iterrows()}
@@ -317,10 +317,10 @@ def test_keys_on_the_border_have_a_smaller_c(trained):
     held("04", f"In all {len(keys)} heads the keys on the border of the token grid have a smaller C")
 
 
-def test_training_gives_back_half_of_what_a_reset_takes(trained, ablations):
+def test_training_gives_back_half_of_what_a_reset_takes(trained, ablated):
     _, facts = trained
     resets = learned.resets(facts).set_index(["replaced", "mean over"])
-    heads, mean = resets.loc[("both", "head"), "accuracy"], ablations["accuracy"]
+    heads, mean = resets.loc[("both", "head"), "accuracy"], ablated["accuracy"]
     assert 0.4 < (mean["L2Q head-wise"] - heads) / (facts["accuracy"] - heads) < 0.6
     held(
         "04",
