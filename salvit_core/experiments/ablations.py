@@ -9,6 +9,7 @@ from ..models.config import preset
 from . import latency
 from .profiles import Profile
 from .runs import PrivateRun, TrainRun
+from .store import seeds_said
 
 # The variants of one network whose normaliser differs (Figures 7 and 8).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -87,22 +88,22 @@ def cost_of_learning(rows: pd.DataFrame, mean: pd.Series, data: str) -> pd.DataF
     return table.set_axis(table.index.astype(str)).rename_axis("method").join(mean.rename(f"accuracy {data}"))
 
 
-def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFrame, seeds: int) -> str:
+def said_of_ablations(table: pd.DataFrame, cost: pd.DataFrame, tuned: pd.DataFrame) -> str:
     """Markdown: the order of the variants, and what learning C and D costs.
 
     Args:
         table: `summary`.
         cost: `cost_of_learning` with stock.
         tuned: `counted_variants`.
-        seeds: how many seeds each variant has.
     """
     mean, lines = table["accuracy"].unstack(0), []
     for data in mean:
         order = mean[data].dropna().sort_values(ascending=False)
-        within = (table.loc[data, "high"] - table.loc[data, "low"]).max()
+        within, seeds = (table.loc[data, "high"] - table.loc[data, "low"]).max(), table.loc[data, "seeds"]
         spread = (
-            f"Seeds of one variant lie up to {within:.2f} points apart: smaller differences say nothing."
-            if seeds > 1
+            f"{seeds_said(seeds).capitalize()} each; those of one variant lie up to {within:.2f} points apart: smaller "
+            "differences say nothing."
+            if seeds.max() > 1
             else "One seed each: how far seeds alone move these numbers was not measured."
         )
         lines.append(f"- **{data}**: {', '.join(f'{name} {value:.2f}' for name, value in order.items())}. {spread}")

@@ -16,6 +16,7 @@ from ..models.rows import ROWS
 from . import execute, latency
 from .profiles import Profile
 from .runs import PrivateRun, Training
+from .store import seeds_said
 
 Plan = dict[str, Training]  # everything that is trained on one data set, by the name it has in the tables
 
@@ -374,9 +375,8 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
             + f" stay in the protocols' range and give the clear network's logits. Latencies are {least}."
         )
     seeds = part.get("n", pd.Series(1, part.index))
-    told = "One seed" if seeds.max() == 1 else f"{seeds.min()} to {seeds.max()} seeds"
     lines.append(
-        f"- {told} each. Where there are several (notebook 02 too), their spread is what seeds alone do at this scale: "
-        "differences within it are no evidence for or against the search."
+        f"- {seeds_said(seeds).capitalize()} each. Where there are several (notebook 02 too), their spread is what "
+        "seeds alone do at this scale: differences within it are no evidence for or against the search."
     )
     return "\n".join(lines)

@@ -292,7 +292,7 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
         known = f"**The truth so far**: {table['n'].sum()} of {total} trainings, {table['n'].min()} to "
         known += f"{table['n'].max()} of {SEEDS} seeds an assignment"
     lines = [
-        f"- {known}; {_seeds(seeds)} of the searches. The best of all is "
+        f"- {known}; {store.seeds_said([seeds])} of the searches. The best of all is "
         f"{table['mean'].idxmax()} ({table['mean'].max():.2f} %), the worst {table['mean'].idxmin()} "
         f"({table['mean'].min():.2f} %)."
     ]
@@ -319,10 +319,6 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
             f"the mixture that it came from {top['mixture'].mean():.1f} %."
         )
     return "\n".join(lines)
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def named(size: Profile, data: str = "cifar10", seeds: int = SEEDS) -> Iterator[tuple[str, Run]]:

@@ -137,7 +137,6 @@ PROFILES = {
             changes=dict(convolutions=1, stride=2),
             recipe=Recipe(epochs=6, batch=128, lr=2e-3, augment="crop", bf16=True, channels_last=True),
             search_epochs=4,
-            seeds=1,
         ),
         # The paper's network, for minutes of a GPU: nine of an H100 finish eight of `evidence.first`'s ten runs. So few
         # epochs leave AutoAugment nothing to prevent; 250 divides the training images: one size of batch to compile.

@@ -202,6 +202,14 @@ def caption(found: Iterable[dict]) -> str:
     return ", ".join([f"{sources}: {runs}", *[seeded] * bool(seeds), when, "; ".join(machines)])
 
 
+def seeds_said(counts: Iterable[int]) -> str:
+    """How many seeds rows of a table have, in words: "one seed", "3 seeds", "1 to 3 seeds"."""
+    least, most = min(counts := list(counts)), max(counts)
+    if most == 1:
+        return "one seed"
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
 def _named(machine: dict) -> str:
     named = f"{machine['processor']}, {machine['cores']} cores"
     return f"{machine['accelerator']} beside {named}" if "accelerator" in machine else named

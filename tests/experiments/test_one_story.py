@@ -69,7 +69,7 @@ def test_what_tuned_moves_in_notebook_02_is_of_one_version():
     assert len(learnt) == 5 and len(learnt.drop_duplicates()) == 1
     more = learnt.iloc[0] - counted.loc["2Quad"]
     nothing = pd.DataFrame({"accuracy": [], "low": [], "high": []}, pd.MultiIndex.from_arrays([[], []]))
-    said = ablations.said_of_ablations(nothing, pd.DataFrame(), ablations.counted_variants("cct_7_3x1"), 1)
+    said = ablations.said_of_ablations(nothing, pd.DataFrame(), ablations.counted_variants("cct_7_3x1"))
     assert f"{more['rounds']} rounds and {more['bytes'] / 1e6:.1f} MB, is the exact truncation" in said
 
 
