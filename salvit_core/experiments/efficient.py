@@ -101,9 +101,10 @@ def comparison(plan: Mapping, trained: Mapping, clear: Mapping, spent: Mapping, 
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`comparison` to be read: rounded, without the spread of measurements, which figures draw."""
+    """`comparison` to be read: rounded, errors to a digit, without the spread of measurements, which figures draw."""
     spread = [name for name in table if name.endswith(("_low", "_high")) or name.startswith("iqr_")]
-    return table.drop(columns=spread).set_index(["dataset", "method"]).round(3)
+    made = table.drop(columns=spread).set_index(["dataset", "method"]).round(3)
+    return made.assign(error=table["error"].map("{:.1g}".format).to_numpy()) if "error" in table else made
 
 
 def publish(table: pd.DataFrame, name: str) -> None:
