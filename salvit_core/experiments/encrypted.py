@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 
 from . import store
-from .profiles import Profile
+from .evidence import named
+from .profiles import Profile, profile
 from .runs import DriftRun, EvaluationRun, SearchRun, TrainRun, of_network, run_of
 
 Names = dict[tuple[str, str], EvaluationRun]  # (method, protocol) to a run
@@ -38,12 +39,14 @@ def besides(plan: Names, source: str) -> Names:
     """Evaluations of other networks, trained on the same data, that the project has on record at a protocol's own bits.
 
     Quantized networks are notebook 07's. Of local records there are none: whose they would be is not known here.
+    Rows of the campaign have its names and their seed.
     """
     known = [run.trained for run in plan.values()]
     sets = {run.data for run in known}
+    rows = {run: f"{row}, seed {run.seed}" for data in sets for row, run in named(profile("reference"), data)}
     every = [run_of(record) for record in store.load("encrypted", source)] if source == "reference" else []
     return {
-        (of_network(run.trained.network), run.protocol): run
+        (rows.get(run.trained) or of_network(run.trained.network), run.protocol): run
         for run in every
         if isinstance(run, EvaluationRun) and isinstance(run.trained, TrainRun | SearchRun)
         if run.bits is None and run.tables is None and run.trained not in known and run.trained.data in sets
