@@ -180,26 +180,33 @@ def test_the_truth_is_against_the_largest_alphas():
 
 
 def test_searches_on_the_truth_s_images():
-    table = evidence.verdicts(evidence.judged(evidence.truth_table()))
+    found = evidence.judged(evidence.truth_table())
+    table = evidence.verdicts(found)
+    assert (table["n"] == 2).all() and set(found["search"]) == set(evidence.SEARCHES)
     regret = table["regret"].unstack("score")
-    alpha, slope, lost = (regret[score] for score in ("alpha", "saliency", "perturbation"))
+    alpha, slope = regret["alpha"], regret["saliency"]
+    tenth, hundredth = "Eq. 5, lambda 0.01", "Eq. 5, lambda 0.001"
     drawn, written = table["random"].mean(), alpha["Eq. 5, lambda 0.1"]
-    assert (table["n"] == 1).all() and set(alpha.index) == set(evidence.SEARCHES) and (alpha < drawn).all()
-    assert alpha.idxmax() == slope.idxmax() == "Eq. 5, lambda 0.1"
-    (good,) = alpha[["Eq. 5, lambda 0.01", "Eq. 5, lambda 0.001", "no L1 term", "released"]].round(2).unique()
-    (bent,) = alpha[["alpha by SGD", "sigmoid of alpha"]].round(2).unique()
-    gain = (alpha - lost).round(4)
-    assert (gain >= 0).all() and (gain > 0).sum() == 2  # "as good in all seven and better in two"
-    gained, by_slope = lost[gain > 0].sort_values(ascending=False), (alpha - slope).round(4)
-    assert (by_slope > 0).sum() == 5 and (by_slope < 0).sum() == 2
+    (good,) = alpha[[hundredth, "no L1 term", "released"]].round(2).unique()
+    assert alpha.idxmax() == "alpha by SGD" and (alpha.drop("alpha by SGD") < drawn).all()
+    assert ((alpha - slope).round(4) > 0).sum() == 5 and slope.idxmin() == tenth  # "better in five of seven"
+    assert slope.idxmax() == "Eq. 5, lambda 0.1" and slope.max() > drawn  # "no guide" where alphas have died
+    each = found.groupby(["search", "score", "seed"])["regret"].mean().unstack("seed")
+    by_alpha, by_loss = (each.xs(score, level="score") for score in ("alpha", "perturbation"))
+    gain = (by_alpha - by_loss).round(4)
+    # "One seed would have misled."
+    assert (gain[0] >= 0).all() and (gain[0] > 0).sum() == 2 and (gain[1] < 0).sum() == 4
+    seeds = {name: "({:.2f} and {:.2f}".format(*by_alpha.loc[name]) for name in ("Eq. 5, lambda 0.1", "released")}
     held(
         "03",
         f"lose {written:.2f} points against the best choice",
-        f"{good:.2f} with a tenth or a hundredth of it, without the term, and as released",
-        f"{bent:.2f} with plain gradient descent on $\\alpha$ or a sigmoid; a random choice {drawn:.2f}.",
-        "better in two ({:.2f} and {:.2f} for {:.2f})".format(*gained, bent),
-        f"by up to {by_slope.max():.2f} points",
-        f"({slope.max():.2f} for {written:.2f})",
+        f"$\\lambda = 0.1$ {seeds['Eq. 5, lambda 0.1']} in the two seeds), {alpha[tenth]:.2f} with a tenth of it; "
+        f"{good:.2f} with a hundredth, without the term, and as released, where the term has no gradient "
+        f"{seeds['released']});",
+        f"{alpha['sigmoid of alpha']:.2f} with a sigmoid, {alpha['alpha by SGD']:.2f} with plain gradient descent on "
+        f"$\\alpha$; a random choice {drawn:.2f}.",
+        f"nearly always the best ({slope.min():.2f})",
+        f"but not where alphas have died ({slope.max():.2f} for {written:.2f})",
     )
     runs, ends = evidence.searches(SIZE), []
     for name in ("Eq. 5, lambda 0.1", "released"):
@@ -207,9 +214,13 @@ def test_searches_on_the_truth_s_images():
         ends += [each["validation_accuracy"] for each in (record["history"][0], record["metrics"]["nas"][-1])]
     held(
         "results.md",
-        f"by its alphas {good:.2f} points are lost against the best choice, a random choice loses {drawn:.2f}",
+        f"good places, {good:.2f} points below the best where a draw loses {drawn:.2f}",
+        f"with lambda = 0.1, loses {written:.2f}, and in the first",
+        f"by its alphas {good:.2f} points are lost against the best choice {seeds['released']} in the two seeds), "
+        f"a random choice loses {drawn:.2f}",
+        f"{written:.2f} points are lost {seeds['Eq. 5, lambda 0.1']});",
+        f"only {slope.min():.2f} points below the best; where alphas have died it is no guide ({slope.max():.2f})",
         "({:.0f} % in validation after an epoch, from {:.0f} %; as released {:.0f} from {:.0f})".format(*ends),
-        f"{written:.2f} points are lost",
     )
 
 
