@@ -14,7 +14,7 @@ from ..models.cct import CCT
 from ..models.config import CCTConfig, TransformerConfig, config_of, preset
 from ..models.rows import ROWS
 from . import execute, latency
-from .profiles import Profile
+from .profiles import Profile, profile
 from .runs import PrivateRun, Training
 from .store import seeds_said
 
@@ -244,7 +244,8 @@ def panel(table: pd.DataFrame, data: str, seconds: str = "seconds") -> pd.DataFr
     part = table.query("dataset == @data").dropna(subset=[seconds])
     part = part[part["method"].str.match(_DRAWN)]
     series = part["method"].str.replace(r"SAS-L B=\d", "SAL-ViT", regex=True)
-    method = part["method"].str.replace("SAS-L ", "")
+    alone = (series == "SAL-ViT").sum() == 1  # else the series has its name once, beside the first budget
+    method = part["method"].str.replace("SAS-L ", "SAL-ViT " if alone else "")
     return _at(part, seconds).assign(series=pd.Categorical(series, _SERIES), method=method)
 
 
@@ -285,7 +286,23 @@ def figure_6(table: pd.DataFrame, data: str, b: int, seconds: str) -> pd.DataFra
     return _at(part, seconds).assign(method=part["method"].map(names), series=series)
 
 
-def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[str, dict[str, pd.DataFrame]]:
+def full_size(source: str = "local") -> dict[str, pd.DataFrame]:
+    """The paper's network itself with its own latency with tuned, by data set: what profile `short` has on record."""
+    size, made = profile("short"), {}
+    for data in size.data:
+        every = plan(size, data)
+        if found := execute.recorded(every.values(), source):
+            table = results({data: every}, found)
+            timed = execute.recorded(private_runs(table, size.queries, network=size.trained), source)
+            column = seconds_of(table := with_costs(table, timed, size.trained), "tuned")
+            if column in table and len(points := panel(table, data, column)):
+                made[data] = points
+    return made
+
+
+def latency_figures(
+    table: pd.DataFrame, sets: Iterable[str], b: int, large: Mapping[str, pd.DataFrame] | None = None
+) -> dict[str, dict[str, pd.DataFrame]]:
     """The panels of Figures 1, 5 and 6, by the file that they go to; a figure that would be empty is left out.
 
     Figure 1 is of the first data set, beside it the paper's of CIFAR-10; Figure 5 of CIFAR-100 and Tiny-ImageNet, ours
@@ -295,15 +312,19 @@ def latency_figures(table: pd.DataFrame, sets: Iterable[str], b: int) -> dict[st
         table: `with_costs`.
         sets: the data sets.
         b: the budget of Figure 6.
+        large: `full_size`, a panel more for a data set.
     """
+    whole = {name: {f"CCT-7/3x1, {name}, tuned": each} for name, each in (large or {}).items()}
     first, others = next(iter(sets)), ("cifar100", "tiny_imagenet")
-    published = {f"paper, {name}": paper_panel(name) for name in others}
-    made = {"figure_1_accuracy_latency": {**panels(table, first), "paper, cifar10": paper_panel("cifar10")}}
+    beside = {title: each for name in others for title, each in whole.get(name, {}).items()}
+    beside |= {f"paper, {name}": paper_panel(name) for name in others}
+    paper = {"paper, cifar10": paper_panel("cifar10")}
+    made = {"figure_1_accuracy_latency": panels(table, first) | whole.get(first, {}) | paper}
     mine = {title: each for name in others if name in sets for title, each in panels(table, name).items()}
     for protocol, name in (("stock", "figure_5_accuracy_latency"), ("tuned", "figure_5_tuned")):
         ours = {title: each for title, each in mine.items() if title.endswith(protocol)}
         if ours or protocol == "stock":
-            made[name] = ours | published
+            made[name] = ours | beside
     six = {
         f"{data}, B = {b}, {protocol}": figure_6(table, data, b, seconds)
         for data in sets

@@ -54,7 +54,13 @@ def test_figures_have_the_latency_of_the_papers_network(searches):
 
 
 def test_latency_of_figures_1_and_6(searches):
-    drawn = accuracy.latency_figures(searches, ["cifar10"], 2)
+    large = accuracy.full_size("reference")
+    drawn = accuracy.latency_figures(searches, ["cifar10"], 2, large)
+    points, more = large["cifar10"].set_index("method"), drawn["figure_5_accuracy_latency"]
+    assert points.loc["SA softmax", "accuracy"] > 80 and {"SAL-ViT B=3", "EA softmax"} < set(points.index)
+    assert points.loc["SA softmax", "x"] == searches.set_index("method").loc["SA softmax", "large_tuned_seconds"]
+    assert drawn["figure_1_accuracy_latency"]["CCT-7/3x1, cifar10, tuned"] is large["cifar10"]
+    assert more["CCT-7/3x1, cifar100, tuned"] is large["cifar100"]
     assert list(drawn["figure_6_normalizers"]) == ["cifar10, B = 2, stock", "cifar10, B = 2, tuned"]
     for name in ("figure_1_accuracy_latency", "figure_6_normalizers"):
         for title, table in drawn[name].items():
