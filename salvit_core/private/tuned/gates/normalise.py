@@ -15,7 +15,7 @@ from .truncate import times_rows, truncate
 
 ROW_SUM = (-7, 11)
 L2Q_SUM = (-12, 13)  # learnt c and d: sums from 2^-10.1 to 2^10.4 in a trained CCT-7/3x1
-L1_SUM = (-10, 6)
+L1_SUM = (-11, 6)  # S slots, 64 in the presets, add up to S at most; down to 2^-9.6 in a trained network
 
 
 def normalised(weights: Share, dim: int, octaves: tuple[int, int], extra: int = 0, nonzero: bool = True) -> Share:
