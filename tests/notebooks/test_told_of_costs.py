@@ -1,6 +1,7 @@
 """What notebooks 01, 05, 06 and 09 conclude, and what their exercises solve, against the project's own records."""
 
 import functools
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +20,20 @@ from salvit_core.experiments import (
     published,
     store,
 )
-from salvit_core.experiments.runs import DriftRun, EvaluationRun, PrivateRun, QuantizationRun, TrainRun, run_of
+from salvit_core.experiments.runs import (
+    DriftRun,
+    EvaluationRun,
+    PrivateRun,
+    QuantizationRun,
+    SearchRun,
+    TrainRun,
+    run_of,
+)
 from salvit_core.models.operations import NewtonInverse, PseudoInverse
 from salvit_core.models.vit import build
 from salvit_core.private import LINKS
 from salvit_core.private.estimation import estimate
+from salvit_core.private.tuned.gates.normalise import L1_SUM
 
 ROOT = Path(__file__).parents[2]
 SIZE = profiles.profile("reference")
@@ -147,7 +157,7 @@ def test_01_solution():
 def test_05_concludes_what_is_on_record():
     plan, found, table = answers()
     tuned, stock = table[table["protocol"] == "tuned"], table[table["protocol"] == "stock"].iloc[0]
-    assert len(tuned) == 4 and (tuned["images"] == 256).all() and (tuned["agreement"] == 100).all()
+    assert len(tuned) == 8 and (tuned["images"] == 256).all() and (tuned["agreement"] == 100).all()
     assert (tuned["clear"] == tuned["on shares"]).all()
     assert stock["method"] == "SA L2Q" and stock["images"] == 4 and stock["agreement"] == 25
     size = tuned["clear logits"]
@@ -171,8 +181,15 @@ def test_05_concludes_what_is_on_record():
         f"{least['high']:.0f} of {least['most']:.0f}",
         f"{large['high']:.1f} of {large['most']:.0f}, a factor of {large['margin']:.1f}",
     )
+    sums = tight[tight["place"].str.endswith(".l1")].iloc[0]
+    assert sums["method"] == "EA L2Q, seed 1" and math.log2(sums["least"]) == L1_SUM[0]
+    held(
+        "05",
+        f"a sum of 2^{math.log2(sums['low']):.1f}, within a factor of {sums['low'] * 2**10:.1f} of where",
+        f"begins at 2^{L1_SUM[0]} since, and the margin is {sums['margin']:.1f}",
+    )
     said = encrypted.said_of_the_answer(table)
-    assert "1024 of 1024 images" in said and "1 of 4 images" in said and "noise comes out of SA L2Q" in said
+    assert "2048 of 2048 images" in said and "1 of 4 images" in said and "noise comes out of SA L2Q" in said
 
 
 def test_05_concludes_of_precision_what_is_on_record():
@@ -377,19 +394,19 @@ def test_what_came_out_is_on_record():
     sooner, ratio = table["stock s"] / table["tuned s"], table["tuned s"] / table["tuned s"]["SA softmax"]
     ours = {name: f"{table['tuned ratio'][name]:.2f}" for name in ("SA L2Q", "SA 2Quad", "EA L2Q", "SAL-ViT B=3")}
     assert right.all() and len(right) == 13 and ratio["SA L2Q"] < 0.6
-    kept: dict[type, list[int]] = {TrainRun: [], QuantizationRun: []}
+    kept: dict[type, list[int]] = {TrainRun: [], SearchRun: [], QuantizationRun: []}
     for record in store.load("encrypted", "reference"):
         run = run_of(record)
-        of = run.trained if isinstance(run.trained, TrainRun) else run.trained.trained
+        of = run.trained.trained if isinstance(run.trained, QuantizationRun) else run.trained
         if run.protocol == "tuned" and run.n == 256 and of.data == "cifar10" and not (run.tables or run.quantizers):
             kept[type(run.trained)].append(round(record["metrics"]["agreement"] * 2.56))
-    assert kept == {TrainRun: [256] * 4, QuantizationRun: [255] * 2}
+    assert kept == {TrainRun: [256] * 7, SearchRun: [256], QuantizationRun: [255] * 2}
     held(
         "results.md",
         f"{sooner.min():.1f} to {sooner.max():.1f} times sooner",
         f"L2Q takes {ours['SA L2Q']} of softmax's time, 2Quad {ours['SA 2Quad']}; external attention in every layer, "
         f"with L2Q, takes {ours['EA L2Q']}, and a SAL-ViT with B = 3 lies between, {ours['SAL-ViT B=3']}",
-        "each of the four networks",
+        "each of the eight networks",
     )
 
 
