@@ -299,8 +299,9 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
     for alphas, rule in READ.items():
         found = {b: part for b in budgets if len(part := _of_search(chosen, f"{rule} B={b}"))}
         told = [
-            f"{' and '.join(dict.fromkeys(part['chosen']))} at B = {b} loses {part['regret'].mean():.2f} points (a "
-            f"random choice {part['random'].mean():.2f}, the worst {part['worst'].mean():.2f})"
+            f"{' and '.join(dict.fromkeys(part['chosen']))} at B = {b} "
+            f"{'loses' if part['chosen'].nunique() == 1 else 'lose, in the mean,'} {part['regret'].mean():.2f} points "
+            f"(a random choice {part['random'].mean():.2f}, the worst {part['worst'].mean():.2f})"
             for b, part in found.items()
         ]
         lost = [b for b, part in found.items() if part["regret"].mean() > part["random"].mean()]
