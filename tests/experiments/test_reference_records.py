@@ -12,8 +12,8 @@ from salvit_core.experiments import migrate, store
 from salvit_core.experiments.runs import RUNS, run_of
 
 # Of every record that was there when records got their present names: old name, name now, a digest of its numbers.
-# Those of private and of clear costs were measured again on 2026-11-27, and softmax attention's first seed was trained again then: 70.22 % for
-# 67.70, told on the page of results.
+# Those of private and of clear costs were measured again on 2026-11-27, and softmax attention's first seed was trained
+# again then: 70.22 % for 67.70, told on the page of results.
 KNOWN = json.loads(Path(__file__).with_name("records.json").read_text())
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"
 
