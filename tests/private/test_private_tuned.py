@@ -760,7 +760,7 @@ OPERATIONS = {
     "l2q, both fixed": (l2q("element", learn_c=False, learn_d=False), rows(12, 16, 1, 4).view(2, 6, 16), 2e-3),
     "l2q of tokens": (l2q("element", -2), rows(12, 16, 0.1, 4, normal=True).view(2, 6, 16), 2e-3),
     # Sums from 2^-11 to 2^6: of the largest the reciprocal has 8 bits.
-    "l1": (L1(), rows(16, 64, 2**-10.5, 2**5) / 16, lambda x: 1e-3 + 2.0**-14 * x),
+    "l1": (L1(), rows(16, 64, 2**-9.5, 2**5) / 16, lambda x: 1e-3 + 2.0**-14 * x),
     "l1 of a single slot": (L1(), torch.eye(16) * torch.logspace(-11, 6, 16, 2)[:, None], 1e-2),
     "scaling": (Scaling(), rows(4, 49, 1, 60), lambda x: 2 * ULP + 2.0**-13 * x / 49),
     # The weights' errors times the values: 5e-4 in common, 1e-4 each of the 64 over a sum of at least 5.
