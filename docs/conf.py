@@ -1,5 +1,7 @@
 """The book: pages of this folder, and the notebooks as `make docs` executed them from the project's own records."""
 
+import re
+
 project = "Private vision transformers, measured"
 author = "the contributors"
 html_title = project
@@ -8,6 +10,7 @@ html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
 html_show_sourcelink = False
+html_show_copyright = False
 
 # Tables are made while the book is built; the notebooks come executed.
 nb_execution_mode = "force"
@@ -35,7 +38,8 @@ napoleon_custom_sections = [("Functionality", "params_style")]
 def _plain(app, what, name, kind, options, lines):
     """Docstrings are plain text: |x| is a magnitude, * a product, `name` a name."""
     for i, line in enumerate(lines):
-        lines[i] = line.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
+        line = line.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
+        lines[i] = re.sub(r"(: )(\w\.)$", r"\1\\\2", line)  # "Failure: 0." begins no list
 
 
 def setup(app):

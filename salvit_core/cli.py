@@ -273,8 +273,9 @@ def estimate(command: Estimate) -> None:
     print(f"rounds and bytes, one way: exact; {command.batch} images in a query, protocol {command.protocol}")
     if plain is not None:
         before = private.estimate(plain, (command.batch, *image), **asked)
-        rounds, sent = (1 - new / old for new, old in ((found.rounds, before.rounds), (found.bytes, before.bytes)))
-        print(f"{command.softmax} and {command.gelu} save {rounds:.0%} of the rounds and {sent:.0%} of the bytes")
+        rounds = 100 * (1 - found.rounds / before.rounds)
+        sent = 100 * (1 - found.bytes / before.bytes)
+        print(f"{command.softmax} and {command.gelu} save {rounds:.0f} % of the rounds and {sent:.0f} % of the bytes")
     if speed is not None:
         print(f"seconds on {name or 'loopback'}: modelled, from this machine's calibration")
     else:

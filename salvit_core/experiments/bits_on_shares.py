@@ -349,10 +349,10 @@ def beside(size: Profile, plan: Mapping[str, TrainRun], source: str = "local", n
         if run not in accuracy:
             continue
         model = build(run.network)
+        facts = {"accuracy": accuracy[run], "epochs": run.recipe.epochs, "parameters": cost.parameters(model)}
         if name == LINEAR:
             model = folded(model)
         costs = estimate(model, (1, run.network.channels, run.network.image, run.network.image))
-        facts = {"accuracy": accuracy[run], "epochs": run.recipe.epochs, "parameters": cost.parameters(model)}
         rows[name] = {**facts, **on_links(costs)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network").sort_values("accuracy")
 

@@ -221,7 +221,7 @@ def table_2(runs: Mapping, found: Mapping, networks: Mapping, whole: Mapping) ->
             "rounds": int(total["rounds"]),
             "mb": total["bytes"] / 1e6,
             "dealer mb": total["offline_bytes"] / 1e6,
-            "most": f"{kinds.idxmax()} {kinds.max() / kinds.sum():.0%}",
+            "most": f"{kinds.idxmax()} {100 * kinds.max() / kinds.sum():.0f} %",
             "faithful": found[run]["metrics"]["faithful"],
         }
     table = pd.DataFrame(cells).T.unstack().swaplevel(axis=1).sort_index(axis=1)

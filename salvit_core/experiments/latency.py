@@ -383,7 +383,8 @@ def said_of_ratios(table: pd.DataFrame) -> str:
     compared, lines = ratios(table), []
     for name in [name for name in SHOWN if name in compared.index]:
         ours, theirs = compared["without_layernorm"][name], compared["paper"][name]
-        verdict = "agrees within 10 %" if abs(ours / theirs - 1) <= 0.1 else f"differs by {ours / theirs - 1:+.0%}"
+        more = ours / theirs - 1
+        verdict = "agrees within 10 %" if abs(more) <= 0.1 else f"differs by {100 * more:+.0f} %"
         lines.append(
             f"- **{name}**: ours {ours:.2f} of SA softmax without LayerNorm, the paper's {theirs:.2f}: {verdict}."
         )
@@ -409,8 +410,9 @@ def said_of_stock(rows: pd.DataFrame, right: pd.DataFrame) -> str:
 - **The normaliser** takes {share["normaliser"]["SA softmax"]:.0f} % of the seconds of SA softmax and
   {share["normaliser"]["SAL-ViT B=3"]:.0f} % of SAL-ViT's at B = 3.
 - **What no attention changes**: the network with SA scaling, which has no normaliser, already needs
-  {mb["SA scaling"] / mb["SA softmax"]:.0%} of the bytes of SA softmax. The tokenizer's ReLU and max-pooling alone take
-  {share["tokenizer"]["SAL-ViT B=3"]:.0f} % of SAL-ViT's seconds, GELU {share["activation"]["SAL-ViT B=3"]:.0f} %.
+  {100 * mb["SA scaling"] / mb["SA softmax"]:.0f} % of the bytes of SA softmax. The tokenizer's ReLU and max-pooling
+  alone take {share["tokenizer"]["SAL-ViT B=3"]:.0f} % of SAL-ViT's seconds, GELU
+  {share["activation"]["SAL-ViT B=3"]:.0f} %.
 - **EA saves bytes, not rounds**: EA softmax moves {mb["EA softmax"]:.0f} MB in {trips["EA softmax"]} rounds, SA
   softmax {mb["SA softmax"]:.0f} MB in {trips["SA softmax"]}. With L2Q, EA has {trips["EA L2Q"]} rounds against SA's
   {trips["SA L2Q"]}: where rounds cost most, more EA layers make the network slower.
@@ -458,14 +460,15 @@ def said_of_tuned(found: Records) -> str:
 - **The answer**: {right["stock"]} of {len(side)} methods are faithful with `stock` ({noise} give noise),
   {right["tuned"]} with `tuned`, whose largest logit error is {side["logit error", "tuned"].max():.2g}.{places}
 - **Protocols**: on the same network `stock` takes {times.min():.1f} ({times.idxmin()}) to {times.max():.1f}
-  ({times.idxmax()}) times as long as `tuned`. Of its seconds {offline.min():.0%} to {offline.max():.0%} are offline.
+  ({times.idxmax()}) times as long as `tuned`. Of its seconds {100 * offline.min():.0f} to
+  {100 * offline.max():.0f} % are offline.
 - **SAL-ViT's gain**: SA softmax takes {gain["stock"]:.2f} times as long as SAL-ViT (B = 3) with `stock`,
   {gain["tuned"]:.2f} times with `tuned`; without LayerNorm {without["stock"]:.2f} and {without["tuned"]:.2f}; in
   the paper {1 / paper_ratios()["SAL-ViT B=3"]:.2f}. With `tuned`, {exact("SA softmax")}; {exact("SAL-ViT B=3")}.
 - **What each change buys**: SA softmax with `stock` takes {gain["stock"]:.2f} times as long as SAL-ViT with `stock`,
   {alone:.2f} times as long as itself with `tuned`, {together:.2f} times as long as SAL-ViT with `tuned`.
-- **Softmax**: the normaliser is {softmax["stock"]:.0%} of the seconds of SA softmax with `stock`,
-  {softmax["tuned"]:.0%} with `tuned`. {against("SA 2Quad", "SA softmax")}.
+- **Softmax**: the normaliser is {100 * softmax["stock"]:.0f} % of the seconds of SA softmax with `stock`,
+  {100 * softmax["tuned"]:.0f} % with `tuned`. {against("SA 2Quad", "SA softmax")}.
 - **External attention**: {against("EA softmax", "SA softmax")}; {against("EA 2Quad", "SA 2Quad")};
   {against("EA L2Q", "SA L2Q")}. With `tuned`, {exact("EA 2Quad")}; {exact("SA 2Quad")}.
 - **Fewer SA layers**: SAL-ViT with `tuned` takes {budget}.
@@ -489,4 +492,4 @@ def beside_stock(found: Records) -> pd.DataFrame:
         }
         for run, record in found.items()
     }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame.from_dict(rows, orient="index").astype({name: int for name in asked if name != "seconds"})

@@ -130,7 +130,7 @@ def said_of_table_4(table: pd.DataFrame, seconds: pd.DataFrame) -> str:
     )
     line = seconds.loc["SAL-ViT B=3, tuned"].astype(float)
     parts = (line / line.sum()).nlargest(5)
-    told = ", ".join(f"{kind} {part:.0%}" for kind, part in parts.items())
+    told = ", ".join(f"{kind} {100 * part:.0f} %" for kind, part in parts.items())
     lines.append(f"- **What is left** of SAL-ViT (B = 3) with `tuned`: {told}.")
     right = {name: int(table[f"{name}_right"].sum()) for name in ("stock", "tuned")}
     lines.append(f"- **Right answers**: `stock` {right['stock']} of {len(table)} methods, `tuned` {right['tuned']}.")
@@ -375,9 +375,9 @@ def said_of_activations(table: pd.DataFrame, rows: pd.DataFrame, layers: int) ->
         gap = table["test_accuracy"][name] - table["test_accuracy"]["gelu"]
         accuracy = "not on record" if pd.isna(gap) else f"(SA softmax, one seed) {gap:+.2f} points"
         lines.append(
-            f"- **{name}** saves {saved['rounds_per_layer']:.0%} of GELU's rounds, "
-            f"{saved['mb_per_layer']:.0%} of its bytes and {saved['ms_per_layer']:.0%} of its seconds, "
-            f"{less / 1e3 / total:.0%} of the network's. Accuracy: {accuracy}."
+            f"- **{name}** saves {100 * saved['rounds_per_layer']:.0f} % of GELU's rounds, "
+            f"{100 * saved['mb_per_layer']:.0f} % of its bytes and {100 * saved['ms_per_layer']:.0f} % of its seconds, "
+            f"{100 * less / 1e3 / total:.0f} % of the network's. Accuracy: {accuracy}."
         )
     return "\n".join(lines)
 

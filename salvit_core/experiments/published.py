@@ -125,7 +125,7 @@ def variants() -> pd.DataFrame:
     for protocol in ("stock", "tuned"):
         ours = pair.loc[protocol].rename(index=str)
         table[f"{protocol} s"] = ours["seconds"]
-        table[f"{protocol} range"] = [f"{low:.1f} to {high:.1f}" for low, high in zip(ours["low"], ours["high"])]
+        table[f"{protocol} range"] = [f"{low:.2f} to {high:.2f}" for low, high in zip(ours["low"], ours["high"])]
     for name, column in (("rounds", "rounds"), ("MB", "megabytes"), ("ratio", "ratio_without_layernorm")):
         for protocol in ("stock", "tuned"):
             table[f"{protocol} {name}"] = pair.loc[protocol].rename(index=str)[column]

@@ -160,7 +160,7 @@ def said_of_accuracy(table: pd.DataFrame) -> str:
         more = row["parameters"] / short.loc["teacher", "parameters"] - 1
         lines.append(
             f"- **{name}**: {row['accuracy']:.2f}{spread} %, {row['kept']:+.2f} points from its teacher, after the "
-            f"first stage {row['after_attention']:.2f} %; {more:+.0%} parameters."
+            f"first stage {row['after_attention']:.2f} %; {100 * more:+.0f} % parameters."
         )
     count = int(short["seeds"].min())
     lines.append("- One seed: differences of a point or so say nothing." if count == 1 else f"- {count} seeds.")
@@ -213,8 +213,9 @@ def said_of_pruning(table: pd.DataFrame) -> str:
         row = part.mean(numeric_only=True)
         lines.append(
             f"- **{share:g} % of the hidden units removed**: {row['accuracy']:.2f} %, {row['change']:+.2f} points; "
-            f"{row['masked']:.2f} % before the masked fine-tuning; {row['parameters'] / row['before'] - 1:+.0%} "
-            f"parameters; {row['element']:.0f} % of the LSTMs' weights were zero."
+            f"{row['masked']:.2f} % before the masked fine-tuning; "
+            f"{100 * (row['parameters'] / row['before'] - 1):+.0f} % parameters; "
+            f"{row['element']:.0f} % of the LSTMs' weights were zero."
         )
     return "\n".join(lines)
 

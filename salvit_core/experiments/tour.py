@@ -138,11 +138,11 @@ def normalizer_weights(c: float = 1.0, d: float = 1.0) -> pd.DataFrame:
     """Each normaliser's weights over one row of 121 scores from -6 to 6: columns score, weight, normalizer."""
     scores = torch.linspace(-6, 6, 121)
     tables = []
-    for name in ("softmax", "2quad", "2relu", "l2q"):
+    for name in ("softmax", "2Quad", "2ReLU", "L2Q"):
         options: dict[str, Any] = (
-            {"granularity": "global", "initial_c": float(c), "initial_d": float(d)} if name == "l2q" else {}
+            {"granularity": "global", "initial_c": float(c), "initial_d": float(d)} if name == "L2Q" else {}
         )
         with torch.no_grad():
-            row = NORMALIZERS[name](**options)(scores.reshape(1, 1, 1, -1)).flatten()
+            row = NORMALIZERS[name.lower()](**options)(scores.reshape(1, 1, 1, -1)).flatten()
         tables.append(pd.DataFrame({"score": scores, "weight": row, "normalizer": name}))
     return pd.concat(tables)

@@ -33,7 +33,7 @@ def errors_over_ranges(
             *(2, 1), figsize=(WIDTH, 3.4), sharex=True, layout="constrained", height_ratios=(3, 0.3 + 0.3 * len(ranges))
         )
         above.loglog(shown["x"], shown["error"], color=styles[label].color, linewidth=1.2, label=label)
-        above.axhline(bound, color="0.5", linestyle=":", linewidth=0.8, label=f"{bound:.0%}")
+        above.axhline(bound, color="0.5", linestyle=":", linewidth=0.8, label=f"{100 * bound:.0f} %")
         above.set_ylabel("relative error")
         for name, (least, most) in ranges.items():
             start, end = max(least, low), min(most, high)

@@ -39,7 +39,7 @@ def test_variants_are_all_queries_on_record():
         seconds = [latency.costs(record)["seconds"] for record in records]
         row = table.loc[method]
         assert row[f"{protocol} s"] == pytest.approx(statistics.median(seconds))
-        assert row[f"{protocol} range"] == f"{min(seconds):.1f} to {max(seconds):.1f}"
+        assert row[f"{protocol} range"] == f"{min(seconds):.2f} to {max(seconds):.2f}"
         assert row[f"{protocol} rounds"] == latency.costs(records[0])["rounds"]
         worst = max(record["metrics"]["logit_error"] for record in records)
         assert row[f"{protocol} error"] == f"{worst:.2g}"

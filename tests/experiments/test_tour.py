@@ -129,7 +129,7 @@ def test_the_exercise_has_a_solution_that_holds():
     weights = tour.normalizer_weights(-2, 1)
     for name, rows in weights.groupby("normalizer"):
         assert rows["weight"].sum() == pytest.approx(1, abs=1e-4)
-        assert rows.nlargest(1, "weight")["score"].item() == (-6 if name == "l2q" else 6), name
+        assert rows.nlargest(1, "weight")["score"].item() == (-6 if name == "L2Q" else 6), name
     other = tour.normalizer_weights(2, -1)
     np.testing.assert_allclose(weights["weight"], other["weight"], atol=1e-6)
 

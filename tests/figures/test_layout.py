@@ -164,7 +164,7 @@ FIGURES = {
         NOTE,
     ),
     "normalisers": lambda: figures.normalizer_curves(
-        long(normalizer=["softmax", "2quad", "2relu", "l2q"], score=[-6.0, 6.0], weight=[0.01]), NOTE
+        long(normalizer=["softmax", "2Quad", "2ReLU", "L2Q"], score=[-6.0, 6.0], weight=[0.01]), NOTE
     ),
     "learnt parameters": lambda: figures.parameter_ranges(learnt(), NOTE),
     "attention distance": lambda: figures.scatter_by_layer(
