@@ -293,7 +293,8 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
     """Seconds per image on shares: measured on loopback, modelled on the links; and how wrong the logits are.
 
     Returns:
-        indexed by method and batch: a column per link of `CONNECTIONS`, error, right, date (of the measurement).
+        indexed by method and batch: a column per link of `CONNECTIONS`, error (as text, which rounding leaves alone),
+            right, date (of the measurement).
     """
     from .latency import on_link  # as in `priced`
 
@@ -303,7 +304,7 @@ def on_links(runs: Mapping[tuple[str, int], PrivateRun], found: Mapping[PrivateR
             record = found[run]
             row = {"method": name, "batch": batch}
             row |= {where: on_link(record, link) / batch for where, link in CONNECTIONS.items()}
-            row |= {"error": record["metrics"]["logit_error"], "right": record["metrics"]["faithful"]}
+            row |= {"error": f"{record['metrics']['logit_error']:.1e}", "right": record["metrics"]["faithful"]}
             rows.append({**row, "date": record["date"][:10]})
     columns = ["method", "batch", *CONNECTIONS, "error", "right", "date"]
     return pd.DataFrame(rows, columns=columns).set_index(["method", "batch"])
