@@ -8,6 +8,7 @@ torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-B
 
 import dataclasses
 import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,9 +246,9 @@ def train(command: Train) -> Path:
             f"the teacher has {teacher.config.classes} classes, {data.name} {data.classes}: name its own data"
         )
     source = command.run.resolve() if command.run is not None else (name, command.weights and command.weights.resolve())
-    out = _folder(command, f"{name}-by-{command.rep_by}-{command.loss}-{data.name}-{command.seed}", source, run)
+    out, called = _folder(command, f"{name}-by-{command.rep_by}-{command.loss}-{data.name}-{command.seed}", source, run)
     result = distil(run, teacher, data, out)
-    return _written(out, result, data, {"distillation": dataclasses.asdict(run), "teacher": name})
+    return _written(out, result, data, {"made": called, "distillation": dataclasses.asdict(run), "teacher": name})
 
 
 def pruned(command: Prune) -> Path:
@@ -265,7 +266,7 @@ def pruned(command: Prune) -> Path:
     data = _data(command, said, model)
     source = command.run.resolve()  # type: ignore[union-attr]  # restored has refused None
     label = f"{source.name}-pruned-{command.regulariser}-{command.share:g}-{data.name}-{command.seed}"
-    out = _folder(command, label, source, run)
+    out, called = _folder(command, label, source, run)
     result = prune(run, model, data, out)
     before, after = result["parameters_before"], result["parameters"]
     if not process()[0]:
@@ -274,7 +275,7 @@ def pruned(command: Prune) -> Path:
             f"{gone} of {sum(row['hidden'] for row in result['channels'])} hidden units removed: "
             f"{before} to {after} parameters"
         )
-    return _written(out, result, data, {"pruning": dataclasses.asdict(run)})
+    return _written(out, result, data, {"made": called, "pruning": dataclasses.asdict(run)})
 
 
 def downstream(command: Downstream) -> Path:
@@ -295,11 +296,11 @@ def downstream(command: Downstream) -> Path:
     made = carried(model, data, command.drop_path, command.seed)
     source = command.run.resolve()  # type: ignore[union-attr]  # restored has refused None
     made_of = (source, recipe, command.drop_path, command.head_only)
-    out = _folder(command, f"{source.name}-to-{data.name}-{command.seed}", *made_of)
+    out, called = _folder(command, f"{source.name}-to-{data.name}-{command.seed}", *made_of)
     frozen = others(made, ["head"]) if command.head_only else ()
     result = train_stage(made, data, recipe, "downstream", None, frozen, out)
     said = {"stages": {"downstream": result}, "test_accuracy": result["test_accuracy"], "network": made}
-    return _written(out, said, data, {"from": str(command.run)})
+    return _written(out, said, data, {"made": called, "from": str(command.run)})
 
 
 def _data(command: Common, said: dict, model: nn.Module) -> datasets.Data:
@@ -314,13 +315,20 @@ def _data(command: Common, said: dict, model: nn.Module) -> datasets.Data:
     return data
 
 
-def _folder(command: Common, name: str, *made_of: Any) -> Path:
-    """Where results go: what a name leaves out of source and options, eight digits of it tell from others."""
-    digits = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / f"{name.replace(' ', '-')}-{digits}"
+def _folder(command: Common, name: str, *made_of: Any) -> tuple[Path, str]:
+    """Where results go, and what they are called: what a name leaves out of source and options, eight digits tell."""
+    called = f"{name.replace(' ', '-')}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
+    out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / called
+    if command.out and (there := out / "result.json").is_file():  # the other folders' names tell already
+        try:
+            known = json.loads(there.read_text()).get("made")
+        except (ValueError, AttributeError):
+            known = None
+        if known != called:
+            raise ValueError(f"{there} is another result, {known}, not {called}: give another --out, or delete it")
     for file in ("weights.pt", "result.json") if not process()[0] else ():
         workspace.try_out(out / file)
-    return out
+    return out, called
 
 
 def _written(out: Path, result: dict, data: datasets.Data, said: dict) -> Path:

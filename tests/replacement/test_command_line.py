@@ -65,7 +65,7 @@ def test_downstream_has_a_new_head(folder):
 
 
 def test_two_networks_carried_into_one_folder_each_have_their_own_result(folder, tmp_path):
-    """A checkpoint of the other, of the same sizes, is not gone on from."""
+    """A result of the other is not overwritten; its checkpoint, of the same sizes, not gone on from."""
     options = f"--epochs 1 --batch-size 64 --augment none --dataset digits --out {tmp_path}".split()
     ends = []
     for seed in (1, 2, 1):
@@ -73,7 +73,13 @@ def test_two_networks_carried_into_one_folder_each_have_their_own_result(folder,
         if not source.exists():
             words = f"train --run {folder}/teacher --out {source} --epochs 1 --block-ft-epochs 0 --head-epochs 0"
             cli.main(["replace", *words.split(), "--seed", str(seed), *QUICK])
-        cli.main(["replace", "downstream", "--run", str(source), *options])
+        command = ["replace", "downstream", "--run", str(source), *options]
+        if ends:
+            with pytest.raises(SystemExit, match="another result, far-to-digits-0-.*: give another --out"):
+                cli.main(command)
+            (tmp_path / "result.json").unlink()
+        cli.main(command)
+        cli.main(command)  # its own is gone on from
         ends.append(torch.load(tmp_path / "weights.pt", weights_only=True))
     one, other, again = ends
     name = "blocks.0.attention.lower.weight"  # drawn by each for itself, and far apart after one epoch
