@@ -3,14 +3,16 @@
 From the project's own records and nothing else: what is not on record stays empty.
 """
 
+import statistics
 from collections.abc import Callable, Iterable
 
 import pandas as pd
 
 from ..models.config import preset
 from ..models.rows import METHODS
+from ..private.links import LINKS
 from . import efficient, evidence, execute, latency, profiles
-from .runs import PrivateRun, Run
+from .runs import PrivateRun, Run, name_of
 
 SIZES = {"reference": "small network", "short": "CCT-7/3x1"}  # by profile: what its trainings are of
 
@@ -118,7 +120,10 @@ def variants_on_record(methods: Iterable[str] = METHODS) -> dict[PrivateRun, dic
 
 
 def variants() -> pd.DataFrame:
-    """Thirteen variants with both protocols: seconds with their range, rounds, MB, ratios, errors of a logit."""
+    """Thirteen variants with both protocols: seconds with their range, rounds, MB, ratios, errors of a logit.
+
+    With `tuned` a dealer's MB too, and the seconds on a WAN (modelled), of the median query.
+    """
     found = variants_on_record()
     pair = latency.totals(latency.operations(found))
     table = pd.DataFrame(index=pd.Index(list(METHODS), name="method"))
@@ -130,6 +135,12 @@ def variants() -> pd.DataFrame:
         for protocol in ("stock", "tuned"):
             table[f"{protocol} {name}"] = pair.loc[protocol].rename(index=str)[column]
     table["paper ratio"] = latency.paper_ratios()
+    table["tuned dealer's MB"] = pair.loc["tuned"].rename(index=str)["offline_megabytes"]
+    waits: dict[str, list[float]] = {}
+    for run, record in found.items():
+        if run.protocol == "tuned" and (named := name_of(run.network)):
+            waits.setdefault(named[1], []).append(latency.on_link(record, LINKS["WAN (Cheetah)"]))
+    table["tuned WAN s"] = pd.Series({name: statistics.median(each) for name, each in waits.items()})
     for protocol in ("stock", "tuned"):
         right = latency.answers({run: record for run, record in found.items() if run.protocol == protocol})
         table[f"{protocol} error"] = right["largest_logit_error"].map("{:.2g}".format)
