@@ -2,12 +2,15 @@
 
 import importlib
 
+from .compat import declare_torchvision_operators
 from .models.cct import CCT
 from .models.config import PRESETS, CCTConfig, EfficientViTConfig, ViTConfig, config_of, preset
 from .models.efficientvit import EfficientViT
 from .models.foreign import adopt
 from .models.rows import MECHANISMS, METHODS
 from .models.vit import ViT, build
+
+declare_torchvision_operators()
 
 __version__ = "0.2.0"
 __all__ = [

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 def repair() -> None:
     """Make `import crypten` and `import torchvision` work in this process."""
     _alias_onnx_registration()
-    _declare_torchvision_operators()
+    declare_torchvision_operators()
 
 
 def torchvision(module: str) -> ModuleType:
@@ -92,7 +92,8 @@ _SCHEMAS = {
 }
 
 
-def _declare_torchvision_operators() -> None:
+def declare_torchvision_operators() -> None:
+    """Make `import torchvision` work; `import salvit_core` does it, so that the README's lines run in that order."""
     # torchvision's wheel is compiled for CUDA builds of torch. Beside a CPU build its operators stay undeclared, and
     # registering their fake versions at import fails. The study uses data sets and transforms, never these operators.
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None or torch.version.cuda:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,20 @@ def test_the_five_lines_for_a_network_of_one_s_own_run():
     exec("\n".join(statements), names)
     plain, cheap = eval(last, names)
     assert cheap < 0.8 * plain and called == [{"protocol": "tuned"}]
+
+
+def test_the_imports_for_these_lines_work_in_that_order():
+    """torchvision's wheel, beside a CPU build of torch, does not import by itself."""
+    first, second = re.search(r"\(`(from salvit_core import .*?)`, then `(import .*?)`, in this order", README).groups()
+    done = subprocess.run([sys.executable, "-c", f"{first}\n{second}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lines_of_the_page_on_use_name_nothing_that_they_do_not_make():
+    lines = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "use.md").read_text(), re.S))
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    done = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True)
+    assert lines.count("private.") > 8 and done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -32,7 +32,8 @@ def test_the_conclusions_on_costs_are_the_table_s(conclusions, networks):
         f"Of {plain['parameters']:,.0f} parameters the EfficientViT takes {plain['rounds']:.0f} rounds and "
         f"{plain['megabytes']:.2f} MB, a CCT with softmax of {softmax['parameters']:,.0f} takes "
         f"{softmax['rounds']:.0f} rounds and {softmax['megabytes']:.2f} MB",
-        f"save {shifted['rounds'] - every['rounds']:.0f} of {shifted['rounds']:.0f} rounds and three fifths of the",
+        f"save {shifted['rounds'] - every['rounds']:.0f} of the {shifted['rounds']:.0f} rounds that the log2 divisor "
+        "leaves and three fifths of the",
         f"{every['dealer_megabytes']:.0f} MB in place of {shifted['dealer_megabytes']:.1f}",
         f"Those of up to {bits_on_shares.FEW} numbers alone save {shifted['rounds'] - few['rounds']:.0f} of these "
         f"rounds for {few['dealer_megabytes']:.1f} MB",
@@ -130,6 +131,8 @@ def test_what_notebook_07_shows(conclusions, networks):
     lost = table.xs(quantization.ALL, level="variant")["lost"]
     assert lost["W4"] < 0.5
     assert f"but {linear:.1f} % where the CCT has {softmax:.1f} (one seed each, 12 and 6 epochs)" in conclusions
+    nearest = table.loc[("W4", "without shift"), "nearest"]
+    assert f"Rounded to the nearest, without shift, W4 has {nearest:.1f} %." in conclusions
     assert f"W4 loses nothing measurable, W4A8 {lost['W4A8']:.1f} points, W8A6 {lost['W8A6']:.1f}." in conclusions
 
 
@@ -157,10 +160,10 @@ def test_the_conclusions_on_tricks_are_the_records(conclusions):
         assert whole["lowest"] > without["highest"]
         for said in (conclusions, results):
             assert f"{words} {without['accuracy']:.1f} to {whole['accuracy']:.1f} %" in said
-    rounded = table["nearest"]["W4"]
+    rounded, learnt = table["nearest"]["W4"], table["accuracy"]["W4"]
     assert rounded["without shift"] > rounded[quantization.ALL] + 5
     for said in (conclusions, results):
-        assert f"W4 so rounded has {rounded['without shift']:.1f} % without it" in said
+        assert f"without it W4 goes from {rounded['without shift']:.1f} to {learnt['without shift']:.1f}" in said
     for (bits, name), row in table.iterrows():
         whole = table.loc[(bits, quantization.ALL)]
         if (name, bits) not in ((LEFT, "W4"), (LEFT, "W4A8")):  # "the ranges of three overlap"

@@ -180,7 +180,7 @@ def test_the_book_says_what_replacements_take_on_shares(monkeypatch):
     assert (
         f"FAR's own block takes {lstm[1]:.1f} times the seconds of softmax attention at one image and {lstm[32]:.1f} "
         f"times at 32; a parallel scan takes {scan[1]:.2f} and {scan[32]:.2f} times as long, a mixer {mixer[1]:.2f} "
-        f"and {mixer[32]:.2f}."
+        f"and {mixer[32]:.2f} (one query each"
     ) in told
 
 

@@ -98,14 +98,14 @@ def test_01_solution():
         seconds, rounds = table["seconds", protocol], table["rounds", protocol]
         far = seconds + 0.04 * rounds
         assert far.idxmin() == "EA scaling"
-        with_one = far.drop([name for name in far.index if "scaling" in name])
+        dividing = far.drop([name for name in far.index if "scaling" in name])
         most = rounds["EA L2Q"] - rounds["SA L2Q"]
         less = seconds["SA L2Q"] - seconds["EA L2Q"]
-        least = "EA scaling"
+        least, digits = "EA scaling", {"stock": 1, "tuned": 2}[protocol]
         held(
             "01",
-            f"{seconds[least]:.1f} + {rounds[least]} x 0.04 = {far[least]:.1f} s with `{protocol}`",
-            f"{with_one.idxmin()} with `{protocol}` ({with_one.min():.1f} s)",
+            f"{seconds[least]:.{digits}f} + {rounds[least]} x 0.04 = {far[least]:.1f} s with `{protocol}`",
+            f"{dividing.idxmin()} with `{protocol}` ({dividing.min():.1f} s)",
             {"stock": f"{most} rounds more", "tuned": f"{most} rounds and {less:.2f} s"}[protocol],
             f"at {1000 * less / most:.1f} ms",
         )

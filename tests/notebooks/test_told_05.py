@@ -90,10 +90,10 @@ def test_05_solution():
     maps = config.layers * config.tokens * 4 * config.width
     scores = config.layers * config.heads * config.tokens**2
     assert maps + scores == 2**17
-    held("05", f"{maps:,}; scores", f"= {scores:,}; together {maps + scores:,}", f"or {2.0 ** (17 - 31):.1e}")
-    for bits, power in ((13, 31), (20, 17)):
-        assert 2 * bits + 6 - 63 == -power
-        held("05", f"2^{{{2 * bits + 6} - 63}} = 2^{{-{power}}}")
+    held("05", f"{maps:,}; scores", f"= {scores:,}; together {maps + scores:,}", f"or {2.0 ** (17 - 32):.1e}")
+    for bits, power in ((13, 32), (20, 18)):
+        assert 2 * bits + 6 - 64 == -power
+        held("05", f"2^{{{2 * bits + 6} - 64}} = 2^{{-{power}}}")
 
 
 def test_05_leaves_no_trained_network_on_record_out():
