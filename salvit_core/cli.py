@@ -244,7 +244,10 @@ def priced(command: Estimate) -> tuple[torch.nn.Module, torch.nn.Module | None, 
     if command.torchvision not in models.list_models(module=models):
         raise ValueError(f"torchvision has no network {command.torchvision!r}: see torchvision.models.list_models()")
     sized = {"image_size": command.image} if command.torchvision.startswith("vit_") else {}
-    model = models.get_model(command.torchvision, weights=None, **sized).eval()
+    try:
+        model = models.get_model(command.torchvision, weights=None, **sized).eval()
+    except AssertionError as error:  # torchvision's way to refuse a size
+        raise ValueError(f"image is {command.image}, which {command.torchvision} does not take: {error}") from error
     shape = (3, command.image, command.image)
     if not swapped:
         return model, None, shape

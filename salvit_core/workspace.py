@@ -61,6 +61,27 @@ def write(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> No
         _forget(partial)
 
 
+def refuse_another(path: Path, said: dict) -> None:
+    """Refuse a result that stands at a path and is of something else, which would be overwritten.
+
+    Args:
+        path: of a result in JSON, which may not be there.
+        said: the fields that tell results apart, plain data.
+
+    Raises:
+        ValueError: it differs in one of them; names the fields.
+    """
+    if not path.is_file():
+        return
+    try:
+        there = json.loads(path.read_text())
+        other = [name for name, value in json.loads(json.dumps(said)).items() if there.get(name) != value]
+    except (ValueError, AttributeError):
+        other = ["content"]
+    if other:
+        raise ValueError(f"{path} is another result, by its {' and '.join(other)}: give another --out, or delete it")
+
+
 def write_json(path: Path, content: Any, **options: Any) -> None:
     """Write plain data as JSON, which holds no NaN and no infinity.
 

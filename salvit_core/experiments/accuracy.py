@@ -386,7 +386,7 @@ def said_of_searches(table: pd.DataFrame, data: str, known: list[int], b: int, q
             gap = mine[f"SAS-L B={b}"] - mine["SA softmax"]
             lines.append(f"  SAL-ViT at B = {b} takes {ratio:.2f} of SA softmax's latency, for {gap:+.2f} points.")
     if "tuned_faithful" in part:
-        wrong = table.loc[table["tuned_faithful"].lt(1), "method"].tolist()
+        wrong = part.index[part["tuned_faithful"].lt(1)].tolist()
         least = f"the least of {queries}: small differences are the machine's"
         if "large_tuned_seconds" in part:
             least = f"the figures', of full-size networks with the same attention, medians of {queries}"

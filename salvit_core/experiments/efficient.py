@@ -268,13 +268,17 @@ def said_of_table_2(table: pd.DataFrame) -> str:
     lines = []
     for name, row in table.iterrows():
         told = f"{row['stock ratio']:.2f} of SA softmax with `stock`, {row['tuned ratio']:.2f} with `tuned`"
-        right = {protocol: "right" if row[f"{protocol} faithful"] else "wrong" for protocol in ("stock", "tuned")}
+        right = {protocol: _called(row[f"{protocol} faithful"]) for protocol in ("stock", "tuned")}
         named = row["paper bottleneck"]
         named = f" The paper names: {named}." if isinstance(named, str) and name != "SA softmax" else ""
         most = f"{row['stock most']} (`stock`), {row['tuned most']} (`tuned`)"
         answers = f"answers {right['stock']} and {right['tuned']}"
         lines.append(f"- **{name}**: {told}; {answers}. Most of the seconds: {most}.{named}")
     return "\n".join(lines)
+
+
+def _called(faithful: object) -> str:
+    return "not on record" if pd.isna(faithful) else "right" if faithful else "wrong"
 
 
 # Growth with the tokens

@@ -286,13 +286,15 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
         chosen: `picks` from it.
     """
     budgets = range(1, int(table["B"].max()))
-    seeds, total = chosen.index.get_level_values("seed").nunique(), len(table) * SEEDS
+    tops = [part for b in budgets if len(part := _of_search(chosen, f"SAS-L B={b}"))]
+    total = len(table) * SEEDS
     known = f"**The truth**: all {total} trainings, {SEEDS} seeds an assignment"
     if table["n"].sum() < total:
         known = f"**The truth so far**: {table['n'].sum()} of {total} trainings, {table['n'].min()} to "
         known += f"{table['n'].max()} of {SEEDS} seeds an assignment"
+    seeds = f"; {store.seeds_said(len(part) for part in tops)} of each search by alpha" if tops else ""
     lines = [
-        f"- {known}; {store.seeds_said([seeds])} of the searches. The best of all is "
+        f"- {known}{seeds}. The best of all is "
         f"{table['mean'].idxmax()} ({table['mean'].max():.2f} %), the worst {table['mean'].idxmin()} "
         f"({table['mean'].min():.2f} %)."
     ]
@@ -308,12 +310,13 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
         verdict = f"worse than a draw at {len(lost)} of {len(found)} budgets"
         if found:
             lines.append(f"- **The {alphas} alphas** ({rule}), {verdict}: {'; '.join(told)}.")
-    tops = [part for b in budgets if len(part := _of_search(chosen, f"SAS-L B={b}"))]
     if tops:
-        tau, top = tops[0]["tau"].mean(), pd.concat(tops)
+        top = pd.concat(tops)
+        each = [f"{value:+.2f}" for value in top.groupby("seed")["tau"].mean()]
+        tau = " and ".join(each) + " (a seed each)" * (len(each) > 1)
         lines.append(
-            f"- **Order**: over all assignments Kendall's tau between the sum of their alphas and their accuracy is "
-            f"{tau:+.2f}; 1 would be the order that Algorithm 1 hopes for, 0 is none."
+            "- **Order**: over all assignments Kendall's tau between the sum of their alphas and their accuracy is "
+            f"{tau}; 1 would be the order that Algorithm 1 hopes for, 0 is none."
         )
         lines.append(
             f"- **Extraction**: after an epoch what SAS-L extracted has {top['extracted'].mean():.1f} % in validation, "
@@ -406,7 +409,7 @@ class Evidence(Checked):
     list: bool = False
     """Only say what is done and what is left."""
     publish: bool = False
-    """Copy the records that are finished to data/reference, without weights, and do nothing else."""
+    """Copy the records that are finished and not yet there to data/reference, without weights, and do nothing else."""
 
 
 def run(command: Evidence) -> int:
@@ -424,7 +427,11 @@ def run(command: Evidence) -> int:
     if command.list:
         print("\n".join(each.label() for each in left))
     elif command.publish:
-        for each in done:
+        for each in (run for run in done if run not in known):  # what is there may have weights beside it
+            record = store.find(each)
+            if record["commit"].endswith("+"):
+                print(f"left out, since its code was not committed ({record['commit']}): {each.label()}")
+                continue
             workspace.write(store.path(each, "reference"), store.path(each).read_bytes())
     else:
         found = execute.collect(left[: command.most], label="evidence", minutes=command.minutes, engine=engine)

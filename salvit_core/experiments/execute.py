@@ -368,10 +368,9 @@ def _unfinished(run: Run) -> Path:
 
 
 def checkpoints(run: Training) -> list[Path]:
-    """The files that a training goes on from: one for each stage; of a search its first phase, which others share."""
-    if isinstance(run, SearchRun):
-        return [file for file in [_phases(run) / "nas.pt"] if file.exists()]
-    return sorted(_unfinished(run).glob("*.pt"))
+    """The files that a training goes on from: one for each stage, and a search's first phase, which others share."""
+    shared = [_phases(run) / "nas.pt"] if isinstance(run, SearchRun) else []
+    return [file for file in shared if file.exists()] + sorted(_unfinished(run).glob("*.pt"))
 
 
 def _phases(run: SearchRun) -> Path:
@@ -417,7 +416,7 @@ _SEARCHES: dict[type, Callable] = {
 
 def _search(run: SearchRun, data: datasets.Data | None = None) -> dict:
     search = _SEARCHES[type(run.search)]
-    found = search(run.search, data or dataset(run.data, run.images), _teacher(run), _phases(run))
+    found = search(run.search, data or dataset(run.data, run.images), _teacher(run), _phases(run), _unfinished(run))
     found |= _save_weights(run, found.pop("network"))
     finetune = _metrics(found.pop("finetune"))
     history = finetune.pop("history")

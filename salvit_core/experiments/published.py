@@ -130,7 +130,7 @@ def variants() -> pd.DataFrame:
     for protocol in ("stock", "tuned"):
         ours = pair.loc[protocol].rename(index=str)
         table[f"{protocol} s"] = ours["seconds"]
-        table[f"{protocol} range"] = [f"{low:.2f} to {high:.2f}" for low, high in zip(ours["low"], ours["high"])]
+        table[f"{protocol} range"] = _ranges(ours)
     for name, column in (("rounds", "rounds"), ("MB", "megabytes"), ("ratio", "ratio_without_layernorm")):
         for protocol in ("stock", "tuned"):
             table[f"{protocol} {name}"] = pair.loc[protocol].rename(index=str)[column]
@@ -145,6 +145,11 @@ def variants() -> pd.DataFrame:
         right = latency.answers({run: record for run, record in found.items() if run.protocol == protocol})
         table[f"{protocol} error"] = right["largest_logit_error"].map("{:.2g}".format)
     return table.rename_axis("method")
+
+
+def _ranges(table: pd.DataFrame) -> pd.Series:
+    """The columns low and high in words."""
+    return table["low"].map("{:.2f}".format) + " to " + table["high"].map("{:.2f}".format)
 
 
 def placed() -> dict[PrivateRun, str]:
@@ -181,7 +186,7 @@ def placements() -> pd.DataFrame:
     for protocol in ("stock", "tuned"):
         ours = pair.loc[protocol].rename(index=str)
         table[f"{protocol} s"] = ours["seconds"]
-        table[f"{protocol} range"] = [f"{low:.2f} to {high:.2f}" for low, high in zip(ours["low"], ours["high"])]
+        table[f"{protocol} range"] = _ranges(ours)
         table[f"{protocol} rounds"], table[f"{protocol} MB"] = ours["rounds"], ours["megabytes"]
         ours = [record["metrics"]["faithful"] for run, record in found.items() if run.protocol == protocol]
         names = [asked[run] for run in found if run.protocol == protocol]

@@ -121,10 +121,10 @@ class SearchRun(Checked):
 
     def first_phase(self) -> "SearchRun":
         """What searches that differ in budget, rule or fine-tuning have in common: they share their first phase."""
-        same = dataclasses.replace(self.search, budget=0, finetune=self.search.first)
-        if isinstance(same, Search):
-            same = dataclasses.replace(same, rule="top", folded=False, score="alpha")
-        return dataclasses.replace(self, search=same, teacher=None)
+        changes: dict[str, Any] = {"budget": 0, "finetune": self.search.first}
+        if isinstance(self.search, Search):
+            changes |= {"rule": "top", "folded": False, "score": "alpha"}
+        return dataclasses.replace(self, search=dataclasses.replace(self.search, **changes), teacher=None)
 
     def label(self) -> str:
         """Data set, kind of search, budget, rule, epochs, seed."""

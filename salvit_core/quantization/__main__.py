@@ -5,7 +5,6 @@ salvit quantize --model b1-r224 --weights b1-r224.pt --data-path /imagenet --bit
 """
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +149,7 @@ def run(command: Command) -> None:
 
     said = {"model": name, "data": data, "options": dataclasses.asdict(options), "torch": torch.__version__}
     said |= {"weights": digest(*model.state_dict().values()), "images": digest(images)}
-    _same(out / "result.json", said)
+    workspace.refuse_another(out / "result.json", {name: said[name] for name in ("weights", "images", "options")})
 
     def accuracy(network: nn.Module) -> float:
         right = count = 0.0
@@ -180,19 +179,6 @@ WORDS = {
 
 def _say(stage: str, accuracy: float) -> None:
     print(f"accuracy {accuracy:6.2f} %  {WORDS[stage]}", flush=True)
-
-
-def _same(path: Path, said: dict) -> None:
-    """Refuses a result of another network, other images or options, which would be overwritten."""
-    if not path.is_file():
-        return
-    try:
-        there = json.loads(path.read_text())
-        other = [name for name in ("weights", "images", "options") if there.get(name) != said[name]]
-    except (ValueError, AttributeError):
-        other = ["content"]
-    if other:
-        raise ValueError(f"{path} is another result, by its {' and '.join(other)}: give another --out, or delete it")
 
 
 def _called(model: nn.Module, name: str, data: str, options: Quantization) -> str:

@@ -8,7 +8,6 @@ torchrun --nproc-per-node 4 -m salvit_core.replacement train --base-model DeiT-B
 
 import dataclasses
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,13 +318,8 @@ def _folder(command: Common, name: str, *made_of: Any) -> tuple[Path, str]:
     """Where results go, and what they are called: what a name leaves out of source and options, eight digits tell."""
     called = f"{name.replace(' ', '-')}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
     out = command.out or workspace.ROOT / "data" / "runs" / "replacements" / called
-    if command.out and (there := out / "result.json").is_file():  # the other folders' names tell already
-        try:
-            known = json.loads(there.read_text()).get("made")
-        except (ValueError, AttributeError):
-            known = None
-        if known != called:
-            raise ValueError(f"{there} is another result, {known}, not {called}: give another --out, or delete it")
+    if command.out:  # the other folders' names tell already
+        workspace.refuse_another(out / "result.json", {"made": called})
     for file in ("weights.pt", "result.json") if not process()[0] else ():
         workspace.try_out(out / file)
     return out, called

@@ -97,6 +97,8 @@ def run(command: Command) -> Path:
     name += f"{'-sigmoid' * (command.gate == 'sigmoid')}{'-scaling' * (command.cheap == 'scaling')}"
     name += f"{f'-{command.score}' * (command.score != 'alpha')}-{recipe.seed}"
     out = command.out or workspace.ROOT / "data" / "runs" / "searches" / name.replace(" ", "-")
+    said = {"search": dataclasses.asdict(search), "data": data.name}
+    workspace.refuse_another(out / "result.json", said)
     for file in ("nas.pt", "weights.pt", "result.json"):
         workspace.try_out(out / file)
     if data.chosen:
@@ -111,7 +113,7 @@ def run(command: Command) -> Path:
     network = found.pop("network")
     workspace.write(out / "weights.pt", lambda file: torch.save(network.cpu().state_dict(), file))
     config = dataclasses.replace(config, attention=found["architecture"])
-    result = {"config": dataclasses.asdict(config), "search": dataclasses.asdict(search), "data": data.name, **found}
+    result = {"config": dataclasses.asdict(config), **said, **found}
     workspace.write_json(out / "result.json", result)
     print(f"{' '.join(map(str, found['architecture']))}: test accuracy {found['test_accuracy']:.2f} %")
     return out / "result.json"

@@ -41,7 +41,11 @@ class PricedSearch(Phases):
 
 
 def search(
-    run: PricedSearch, data: Data, teacher: torch.nn.Module | None = None, folder: str | Path | None = None
+    run: PricedSearch,
+    data: Data,
+    teacher: torch.nn.Module | None = None,
+    folder: str | Path | None = None,
+    second: str | Path | None = None,
 ) -> dict:
     """As `sas.search`, selected by `afford`."""
     torch.manual_seed(run.seed)
@@ -50,7 +54,7 @@ def search(
     history = first_phase(net, run, data, PricedPenalty(net, run.weight, run.prices), teacher, folder)
     chosen = afford(net.alphas(), run.choices, run.prices, run.budget)
     model = extract(net, chosen)
-    tuned = second_phase(model, net, chosen, run, data, teacher, folder)
+    tuned = second_phase(model, net, chosen, run, data, teacher, second or folder)
     return found(net, chosen, history, tuned, model)
 
 

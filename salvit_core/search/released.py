@@ -40,7 +40,11 @@ class ReleasedPenalty(Penalty):
 
 
 def search(
-    run: ReleasedSearch, data: Data, teacher: torch.nn.Module | None = None, folder: str | Path | None = None
+    run: ReleasedSearch,
+    data: Data,
+    teacher: torch.nn.Module | None = None,
+    folder: str | Path | None = None,
+    second: str | Path | None = None,
 ) -> dict:
     """As `sas.search`; `network` holds the chosen branches only, `finetune` is of the network with both."""
     torch.manual_seed(run.seed)
@@ -49,5 +53,5 @@ def search(
     judged = scores(net, data, run.first.batch)
     chosen = select(net.alphas(), run.budget, run.rule, run.seed)
     freeze(net, chosen)
-    tuned = second_phase(net, net, chosen, run, data, teacher, folder, frozen=("alpha",))
+    tuned = second_phase(net, net, chosen, run, data, teacher, second or folder, frozen=("alpha",))
     return {**found(net, chosen, history, tuned, extract(net, chosen)), "scores": judged}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from filelock import FileLock
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
@@ -91,7 +92,13 @@ class Search(Phases):
         select(torch.zeros(shape), self.budget, self.rule, self.seed, self.cheap)  # an impossible one is refused now
 
 
-def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, folder: str | Path | None = None) -> dict:
+def search(
+    run: Search,
+    data: Data,
+    teacher: torch.nn.Module | None = None,
+    folder: str | Path | None = None,
+    second: str | Path | None = None,
+) -> dict:
     """Algorithm 1 from end to end: train the mixture, select, extract, fine-tune with a fresh optimizer, test once.
 
     With a folder the run can be stopped at any moment and started again. The first phase depends on neither budget nor
@@ -102,6 +109,7 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
         data: the images.
         teacher: a trained network to distil from, in each phase whose recipe distils.
         folder: where the checkpoints go.
+        second: where that of fine-tuning goes, if elsewhere.
 
     Returns:
         plain data: architecture (as `CCTConfig.attention`), alphas (the last), trajectory (alphas after each epoch of
@@ -119,7 +127,7 @@ def search(run: Search, data: Data, teacher: torch.nn.Module | None = None, fold
     values = net.alphas() if run.score == "alpha" else judged[run.score]
     chosen = select(values, run.budget, run.rule, run.seed, run.cheap)
     model = extract(net, chosen, run.folded)
-    tuned = second_phase(model, net, chosen, run, data, teacher, folder)
+    tuned = second_phase(model, net, chosen, run, data, teacher, second or folder)
     return {**found(net, chosen, history, tuned, model), "scores": judged}
 
 
@@ -409,10 +417,16 @@ def first_phase(
     teacher: torch.nn.Module | None,
     folder: str | Path | None,
 ) -> list[dict]:
-    """Train the mixture with its penalty (Algorithm 1, lines 1-6); its epochs' facts."""
-    checkpoint = None if folder is None else Path(folder) / "nas.pt"
-    epochs = fit(net, data, run.first, _for(run.first, teacher), penalty, checkpoint)
-    return list(progress(epochs, run.first, "search"))
+    """Train the mixture with its penalty (Algorithm 1, lines 1-6); its epochs' facts.
+
+    Of processes that share the folder one trains; the others wait, and take what it wrote.
+    """
+    if folder is None:
+        return list(progress(fit(net, data, run.first, _for(run.first, teacher), penalty), run.first, "search"))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(folder) / "nas.lock"):
+        epochs = fit(net, data, run.first, _for(run.first, teacher), penalty, Path(folder) / "nas.pt")
+        return list(progress(epochs, run.first, "search"))
 
 
 def second_phase(

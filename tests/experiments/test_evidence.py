@@ -175,3 +175,13 @@ def test_extractions_are_means_over_seeds_by_normaliser_and_way(monkeypatch):
 
 def record_of(run, metrics):
     return {"study": run.study, "key": store.key(run), "config": dataclasses.asdict(run), "metrics": metrics}
+
+
+def test_publishing_adds_records_of_committed_code_and_replaces_none(root, capsys):
+    first, second, third = evidence.campaign("smoke")[:3]
+    for each, commit in ((first, "abc"), (second, "abc"), (third, "abc+")):
+        workspace.write_json(store.path(each), {**record_of(each, {}), "commit": commit})
+    workspace.write_json(store.path(first, "reference"), {**record_of(first, {}), "commit": "older"})
+    evidence.run(evidence.Evidence(profile="smoke", publish=True))
+    assert store.find(first, "reference")["commit"] == "older" and store.find(second, "reference")["commit"] == "abc"
+    assert store.find(third, "reference") is None and "was not committed (abc+)" in capsys.readouterr().out

@@ -75,6 +75,41 @@ def search(finetune=RECIPE, **changes):
     return SearchRun("digits", sas.Search(config, first, finetune, **{"budget": 1, **changes}), images=128)
 
 
+@pytest.mark.processes
+def test_two_processes_train_a_first_phase_once(root):
+    """Of two that begin together one waits, and takes what the other wrote."""
+    code = (
+        "import dataclasses, sys; from salvit_core import preset; from salvit_core.experiments import execute\n"
+        "from salvit_core.experiments.runs import SearchRun; from salvit_core.search import sas\n"
+        "from salvit_core.training import Recipe\n"
+        "recipe = Recipe(epochs=6, batch=64, lr=2e-3, augment='none')\n"
+        "tuned = dataclasses.replace(recipe, epochs=1)\n"
+        "search = sas.Search(preset('cct_2_3x1', 'SA L2Q', layers=3), recipe, tuned, 0)\n"
+        "execute.ensure(SearchRun('digits', dataclasses.replace(search, budget=int(sys.argv[1])), images=512))\n"
+    )
+    environment = {**os.environ, "SALVIT_ROOT": str(root)}
+    both = [subprocess.Popen([sys.executable, "-c", code, str(b)], env=environment) for b in (1, 2)]
+    assert [each.wait(120) for each in both] == [0, 0]
+    one, other = (record["metrics"]["nas"] for record in store.load("search"))
+    assert len(one) == 6 and one == other  # to the seconds that it took
+
+
+def test_a_search_that_is_stopped_goes_on_from_both_its_phases(root, monkeypatch):
+    """What was fine-tuned too, wherever it goes on; nothing of it stays once the search is on record."""
+    with monkeypatch.context() as stopped:
+        stopped.setattr(execute, "_save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute.ensure(search())
+    first, second = execute.checkpoints(search())
+    assert first.name == "nas.pt" and second.name.startswith("finetune_") and first.parent != second.parent
+    execute.ensure(search())
+    assert execute.checkpoints(search()) == [first] and not list(root.rglob("finetune_*"))
+
+
+def test_layers_that_are_given_share_the_first_phase_too():
+    assert search(rule=(0, 1), budget=2).first_phase() == search().first_phase()
+
+
 def test_searches_share_their_first_phase(monkeypatch):
     monkeypatch.setattr(execute, "MOST_TOGETHER", 1)  # in this process, where what is replaced below is
     phases = []
@@ -251,6 +286,8 @@ def test_trainings_side_by_side_are_those_one_after_the_other(root, monkeypatch,
     together = execute.collect(wanted)
     assert [store.key(one) for one in wanted] == [record["key"] for record in together.values()]
     assert len(list(root.rglob("nas.pt"))) == 1
+    one, other = (together[each]["metrics"]["nas"] for each in wanted if isinstance(each, SearchRun))
+    assert one == other  # to the seconds that it took
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.json")}
     assert len(stamps) == 4 and execute.collect(wanted) == together
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.json")} == stamps

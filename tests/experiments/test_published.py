@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from salvit_core import METHODS
-from salvit_core.experiments import evidence, latency, profiles, published, store
+from salvit_core.experiments import evidence, execute, latency, profiles, published, store
 from salvit_core.experiments.runs import SearchRun, name_of, run_of
 from salvit_core.search.sas import Search
 
@@ -159,3 +159,16 @@ def test_a_table_as_html_says_what_is_not_there():
     drawn = published.shown(pd.DataFrame(columns, index=pd.Index(["x", "y"], name="method")))
     cells = re.findall("<td>(.*?)</td>", drawn)
     assert cells == ["x", "1.23", "1024", "61.00", "-", "y", "-", "2", "60.50", "3"]
+
+
+def test_what_is_not_on_record_stays_empty(monkeypatch):
+    real = execute.recorded
+
+    def fewer(runs, source):
+        found = real(runs, source)
+        return {run: record for run, record in found.items() if name_of(run.network) != ("cct_7_3x1", "SA 2ReLU")}
+
+    monkeypatch.setattr(published.execute, "recorded", fewer)
+    table = published.variants()
+    assert table.loc["SA 2ReLU", ["stock s", "stock range", "tuned WAN s"]].isna().all()
+    assert table.drop("SA 2ReLU").drop(columns="paper ratio").notna().all(axis=None)

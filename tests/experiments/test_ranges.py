@@ -108,6 +108,9 @@ def test_table_2_is_shown_by_protocol():
     assert list(shown.index) == list(table.index)
     assert shown["tuned", "s"].tolist() == table["tuned seconds"].astype(float).round(2).tolist()
     assert shown["stock", "right"].tolist() == table["stock faithful"].tolist()
+    table.loc["SOFT", "tuned faithful"] = float("nan")
+    (told,) = [line for line in efficient.said_of_table_2(table).split("\n") if "**SOFT**" in line]
+    assert "answers wrong and not on record" in told
 
 
 def test_a_variants_totals_are_the_range_that_its_bars_show():

@@ -145,6 +145,7 @@ def test_the_command_line_estimates_a_network_of_torchvision(capsys):
     assert capsys.readouterr().out.splitlines()[0] == said.splitlines()[0]
     for words, message in {
         ("--torchvision", "resnet"): "torchvision has no network 'resnet'",
+        ("--torchvision", "vit_b_16", "--image", "225"): "image is 225, which vit_b_16 does not take",
         ("--torchvision", "resnet18", "--link", "moon"): f"link 'moon' is unknown: choose from {', '.join(LINKS)}",
         ("--softmax", "2quad"): "softmax and gelu stand in for those of --torchvision",
     }.items():

@@ -11,6 +11,7 @@ from salvit_core.experiments.runs import SearchRun
 from salvit_core.models.attention import ATTENTION
 from salvit_core.models.attention.headwise import ExternalHeads, ScalingHeads, SelfHeads
 from salvit_core.models.graph import trace
+from salvit_core.search import __main__ as command
 from salvit_core.search import sas
 from salvit_core.search.released import ReleasedPenalty, ReleasedSearch
 from salvit_core.training import Recipe, fit, loop
@@ -330,11 +331,13 @@ def test_what_is_chosen_by_is_an_option(few_digits, tmp_path, granularity):
     """Three scores of one mixture, whose training they share, each with its own choice; released has alpha alone."""
     first = dataclasses.replace(RECIPE, epochs=1)
     run = sas.Search(preset("cct_2_3x1", "SA L2Q", layers=3), first, first, 0, 1, granularity)
+    trained = []
     for score in sas.SCORES:
         found = sas.search(dataclasses.replace(run, score=score), few_digits, folder=tmp_path)
+        trained.append(found["nas"])
         known = {"alpha": found["alphas"], **found["scores"]}
         assert found["architecture"] == sas.select(known[score], 1)
-    assert len(list(tmp_path.glob("nas.pt"))) == 1
+    assert trained == trained[:1] * len(sas.SCORES)  # once, to the seconds that it took
     shared = {SearchRun("digits", dataclasses.replace(run, score=score)).first_phase() for score in sas.SCORES}
     assert len(shared) == 1
     assert "by saliency" in SearchRun("digits", dataclasses.replace(run, score="saliency")).label()
@@ -497,3 +500,17 @@ def test_a_search_is_plain_data_without_what_it_ignores():
         sas.Search(preset("vit_2"), first, second)
     with pytest.raises(ValueError, match="granularity 'block' is unknown: choose from layer, head"):
         sas.Search(preset("cct_2_3x1"), first, second, granularity="block")
+
+
+def test_the_command_refuses_a_folder_of_another_search(tmp_path, monkeypatch):
+    """Whatever differs: the budget, or what the default folder's name leaves out, such as epochs."""
+    done = {"architecture": ("self", "external"), "test_accuracy": 50.0, "alphas": [0.2, 0.1]}
+    monkeypatch.setattr(command.sas, "search", lambda *_, **__: {**done, "network": torch.nn.Identity()})
+    words = f"--preset cct_2_3x1 --data digits --search-epochs 1 --epochs 2 --out {tmp_path} --budget".split()
+    for _ in range(2):  # its own is made again
+        command.main([*words, "1"])
+    before = (tmp_path / "result.json").read_bytes()
+    for other in (["0"], ["1", "--epochs", "3"]):
+        with pytest.raises(SystemExit, match="result.json is another result, by its search: give another --out"):
+            command.main([*words, *other])
+    assert (tmp_path / "result.json").read_bytes() == before

@@ -63,7 +63,7 @@ def two_quad(module: TwoQuad, secret: dict, scores: Share) -> Share:
         Output: (a + c)^2, shared, and 1 / sum, which waits.
         Opened: a - r, the masked sum and masked bits, to both.
         Simulator: uniform words and bits.
-        Failure: 2^-36 a number, of the scores and of their squares; of 1 / sum 0.
+        Failure: 2^-36 a number, of the scores, of their squares, and of the sum for each range of `power`.
     """
     y = square(scores.settle().to(session.bits - 2) + module.c)
     down = 5 + log2_above(scores.shape[module.dim])
@@ -84,7 +84,7 @@ def two_relu(module: TwoReLU, secret: dict, scores: Share) -> Share:
         Output: relu(a), shared, and 1 / sum, which waits.
         Opened: a - r, the masked sum and masked bits, to both.
         Simulator: uniform words and bits.
-        Failure: 2^-36 a number of the scores; of 1 / sum 0.
+        Failure: 2^-36 a number, of the scores and of the sum for each range of `power`.
     """
     positive = positive_part(scores.settle().to(session.bits), 9)
     down = log2_above(scores.shape[module.dim]) // 2
@@ -115,7 +115,7 @@ def l2q(module: L2Q, secret: dict, scores: Share) -> Share:
             squares to the server, or to both if there are few; where c and d are learnt, theirs masked once per
             session.
         Simulator: uniform words and bits.
-        Failure: 2^-35 a number of the scores; of their squares and of 1 / sum 0.
+        Failure: 2^-35 a number, of the scores and of the sum for each range of `power`; of the squares 0.
     """
     # The square has P's bits and twice these: with more, too few of the 64 would be left to truncate it safely.
     x = scores.settle().to(min(session.bits - 4, 11))
@@ -172,7 +172,7 @@ def l1(module: L1, secret: dict, weights: Share) -> Share:
         Output: The weights, shared, and 1 / sum, which waits.
         Opened: The masked sum and masked bits, to both.
         Simulator: uniform words and bits.
-        Failure: 2^-34 a number of the weights; of 1 / sum 0.
+        Failure: 2^-34 a number, of the weights and of the sum for each range of `power`.
     """
     return normalised(weights.settle().to(session.bits + 7), module.dim, L1_SUM)
 
