@@ -427,8 +427,8 @@ def run(command: Evidence) -> int:
     if command.list:
         print("\n".join(each.label() for each in left))
     elif command.publish:
-        for each in (run for run in done if run not in known):  # what is there may have weights beside it
-            record = store.find(each)
+        new = [each for each in done if each not in known]  # what is there may have weights beside it
+        for each, record in execute.recorded(new, "local").items():
             if record["commit"].endswith("+"):
                 print(f"left out, since its code was not committed ({record['commit']}): {each.label()}")
                 continue
