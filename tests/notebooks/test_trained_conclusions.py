@@ -284,6 +284,36 @@ def test_two_loud_layers_are_what_does_not_survive(searches):
     )
 
 
+def test_results_tell_what_heads_and_living_alphas_give():
+    runs = {name: run for name, run in evidence.named(SIZE) if run.seed == 0}
+    found = {
+        name: execute.ensure(runs[name], "reference")
+        for name in ("MPCViT", *(f"SAS-{kind} B={b}" for kind in "LH" for b in (1, 2, 3)))
+    }
+    mean = {name: record["metrics"]["test_accuracy"] for name, record in found.items()}
+    loudest = {name: torch.tensor(found[name]["metrics"]["alphas"]).abs().max() for name in ("MPCViT", "SAS-H B=2")}
+    assert max(loudest.values()) < 0.001 and all(mean[f"SAS-H B={b}"] > mean[f"SAS-L B={b}"] for b in (1, 2, 3))
+    heads = [found[f"SAS-H B={b}"] for b in (1, 2, 3)]
+    first = [record["history"][0]["validation_accuracy"] for record in heads]
+    (mixture,) = {record["metrics"]["nas"][-1]["validation_accuracy"] for record in heads}
+    alive = [execute.ensure(runs[f"SAS-L B=2, {name}"], "reference")["metrics"] for name in ("released", "no L1")]
+    alphas = [alpha for each in alive for alpha in each["alphas"]]
+    truth = evidence.truth_table().query("B == 2")["mean"]
+    assert all("".join(name[0].upper() for name in each["architecture"]) == truth.idxmax() == "ESSE" for each in alive)
+    kinds = [kind for layer in found["MPCViT"]["metrics"]["architecture"] for kind in layer]
+    assert kinds.count("self") == kinds.count("scaling") == len(kinds) / 2
+    searched = published.accuracies()["small network"]["mean"].filter(regex="SAS|random")
+    assert mean["MPCViT"] > searched.max()
+    held(
+        "results.md",
+        f"{min(first):.0f} to {max(first):.0f} % are left of the mixture's {mixture:.0f}",
+        "end at {:.2f}, {:.2f} and {:.2f} % with B = 1, 2 and 3".format(*(mean[f"SAS-H B={b}"] for b in (1, 2, 3))),
+        f"stay alive ({min(alphas):.2f} to {max(alphas):.2f})",
+        "end at {:.2f} and {:.2f} %".format(*(each["test_accuracy"] for each in alive)),
+        f"has {mean['MPCViT']:.2f} %",
+    )
+
+
 def test_results_tell_where_self_attention_counts():
     truth = evidence.truth_table()["mean"]
     single = truth[["SEEE", "ESEE", "EESE", "EEES"]]
