@@ -269,8 +269,8 @@ def test_searches_on_the_truth_s_images():
         f"{by_alpha.loc[hundredth].max():.2f}); a tenth loses {alpha[tenth]:.2f}, a sigmoid "
         f"{alpha['sigmoid of alpha']:.2f}, and plain gradient descent on alpha, {alpha['alpha by SGD']:.2f}, is worse "
         f"than a random choice, {drawn:.2f}",
-        f"and lose {few.min():.2f} to {few.max():.2f} points; the seventh is lambda = 0.1, where alphas have died and it "
-        f"is no guide ({slope.max():.2f})",
+        f"and lose {few.min():.2f} to {few.max():.2f} points; the seventh is lambda = 0.1, where alphas have died and "
+        f"it is no guide ({slope.max():.2f})",
     )
 
 
