@@ -1,7 +1,9 @@
 """What the page of results says in words, against the project's own records."""
 
+import json
+
 from prose import held
-from told import ON_LOOPBACK, SIZE, benchmark, variants
+from told import ON_LOOPBACK, ROOT, SIZE, benchmark, variants
 
 from salvit_core.experiments import efficient, execute, latency, published, store
 from salvit_core.experiments.runs import QuantizationRun, SearchRun, TrainRun, run_of
@@ -95,3 +97,15 @@ def test_what_came_out_is_on_record():
 def variants_of(protocol):
     """The records of one protocol."""
     return {run: record for run, record in variants().items() if run.protocol == protocol}
+
+
+def test_what_is_said_of_training_s_speed_is_measured():
+    report = json.loads((ROOT / "data" / "reference" / "benchmarks" / "training.json").read_text())
+    rows = report["rows"]
+    assert len(rows) == 6 and report["run"]["bf16"] and {len(row["turns"]) for row in rows} == {3}
+    rates = report["matmul_flop_per_second"]
+    assert rates["bfloat16"] > rates["float32"]
+    for recipe, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert recipe["row"] == ours["row"] and recipe["highest"] < ours["lowest"]
+    assert 2.5 < max(row["highest"] / row["lowest"] for row in rows) < 3
+    held("results.md", "medians of 3 turns", "differ by up to three times")

@@ -195,8 +195,8 @@ def test_the_truth_is_against_the_largest_alphas():
     left = [f"{row['extracted']:.0f} of {row['mixture']:.0f}" for _, row in others.iterrows()]
     held(
         "results.md",
-        f"alive ({alive}, in layers 1 and 2): their choice is {others['regret'].iloc[0]:.2f} points below the best, where "
-        f"a random choice loses {others['random'].iloc[0]:.2f}",
+        f"alive ({alive}, in layers 1 and 2): their choice is {others['regret'].iloc[0]:.2f} points below the best, "
+        f"where a random choice loses {others['random'].iloc[0]:.2f}",
         f"{left[0]} and {left[1]} % are left after an epoch",
         f"end at {second:.1f} and {third:.1f} % where the first seed's has {first:.1f}",
     )
