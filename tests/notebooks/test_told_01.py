@@ -88,6 +88,12 @@ def test_01_concludes_of_tuned_what_is_on_record():
         f"L2Q has {means['SA L2Q, logits distilled']} (its logits)",
         f"and {means['SA L2Q, features distilled']} (its features)",
     )
+    main = ["SA softmax", "SA L2Q", "SA 2Quad", "EA L2Q", "EA softmax"]
+    other = published.accuracies("cifar100")["small network"].loc[main]
+    assert (other["n"] == 1).all() and other["mean"].is_monotonic_decreasing
+    assert ours.loc[main, "mean"].is_monotonic_decreasing  # "the same order"
+    numbers = "softmax {:.2f} %, L2Q {:.2f}, 2Quad {:.2f}, external attention with L2Q {:.2f} and with softmax {:.2f}."
+    held("results.md", f"order, one seed each: {numbers.format(*other['mean'])}")
     three = ours.loc[["SA softmax", "SA L2Q", "SA 2Quad"]]
     assert three["n"].eq(3).all() and (three["high"] - three["low"]).max() < 2.02
 
