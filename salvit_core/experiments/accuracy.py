@@ -345,9 +345,15 @@ def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
         for config in part["config"]
     ]
     left_out = ["mflops", "accuracy_low", "accuracy_high"]
-    shown = table_4(part).droplevel("dataset").drop(columns=left_out, errors="ignore")
-    shown.insert(0, "architecture", letters)
-    return shown.round(2)
+    chosen = table_4(part).droplevel("dataset").drop(columns=left_out, errors="ignore")
+    table = shown(chosen)
+    table.insert(0, "architecture", letters)
+    return table
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table to be read: two decimals, "-" where nothing is on record, such as what networks by heads cost."""
+    return table.round(2).astype(object).fillna("-")
 
 
 def best(table: pd.DataFrame, column: str) -> list[str]:

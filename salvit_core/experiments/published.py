@@ -135,12 +135,12 @@ def variants() -> pd.DataFrame:
         for protocol in ("stock", "tuned"):
             table[f"{protocol} {name}"] = pair.loc[protocol].rename(index=str)[column]
     table["paper ratio"] = latency.paper_ratios()
-    table["tuned dealer's MB"] = pair.loc["tuned"].rename(index=str)["offline_megabytes"]
+    table["dealer's MB"] = pair.loc["tuned"].rename(index=str)["offline_megabytes"]
     waits: dict[str, list[float]] = {}
     for run, record in found.items():
         if run.protocol == "tuned" and (named := name_of(run.network)):
             waits.setdefault(named[1], []).append(latency.on_link(record, LINKS["WAN (Cheetah)"]))
-    table["tuned WAN s"] = pd.Series({name: statistics.median(each) for name, each in waits.items()})
+    table["WAN s"] = pd.Series({name: statistics.median(each) for name, each in waits.items()})
     for protocol in ("stock", "tuned"):
         right = latency.answers({run: record for run, record in found.items() if run.protocol == protocol})
         table[f"{protocol} error"] = right["largest_logit_error"].map("{:.2g}".format)
