@@ -353,7 +353,7 @@ def at_budget(table: pd.DataFrame, data: str, b: int) -> pd.DataFrame:
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table to be read: two decimals, "-" where nothing is on record, such as what networks by heads cost."""
-    return table.round(2).astype(object).fillna("-")
+    return table.round(2).astype(object).where(table.notna(), "-")
 
 
 def best(table: pd.DataFrame, column: str) -> list[str]:
