@@ -313,7 +313,7 @@ def said_of_truth(table: pd.DataFrame, chosen: pd.DataFrame) -> str:
     if tops:
         top = pd.concat(tops)
         each = [f"{value:+.2f}" for value in top.groupby("seed")["tau"].mean()]
-        tau = " and ".join(filter(None, (", ".join(each[:-1]), each[-1]))) + " (a seed each)" * (len(each) > 1)
+        tau = ", ".join(each) + " (a seed each)" * (len(each) > 1)
         lines.append(
             "- **Order**: over all assignments Kendall's tau between the sum of their alphas and their accuracy is "
             f"{tau}; 1 would be the order that Algorithm 1 hopes for, 0 is none."
